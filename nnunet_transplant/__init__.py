@@ -1,0 +1,1 @@
+"""Merge nnU-Nets as easily as you train them."""

@@ -1,0 +1,28 @@
+"""What every command shares: a parser whose help ends with an example, and one clear line for bad input."""
+import argparse
+import sys
+from collections.abc import Callable
+
+from nnunet_transplant.errors import TransplantError
+
+
+def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"nnunet_transplant_{name}", description=description, epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
+    """Parse sys.argv, do the work, and turn what a user can mend into one message on stderr and exit status 1."""
+    args = parser.parse_args()
+    try:
+        work(args)
+    except (TransplantError, OSError) as error:
+        _exit(f"{parser.prog}: error: {error}", 1)
+    except KeyboardInterrupt:
+        _exit(f"{parser.prog}: interrupted", 130)
+
+
+def _exit(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(status)

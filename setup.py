@@ -1,0 +1,43 @@
+"""Packaging. The top-level folder trainers/ is installed as nnunet_transplant.trainers: nnU-Net finds it through
+nnUNet_extTrainer, and nothing is ever written into nnU-Net's own package."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+COMMANDS = ("trainers", "split_tasks", "merge", "predict", "evaluate", "demo")
+
+setup(
+    name="nnunet_transplant",
+    version="0.1.0",
+    description="Merge nnU-Nets as easily as you train them: wide-minima pre-training, task vectors, model merging",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["nnunet_transplant", "nnunet_transplant.*"]), "nnunet_transplant.trainers"],
+    package_dir={"nnunet_transplant.trainers": "trainers"},
+    install_requires=[
+        "nnunetv2>=2.8.1",
+        "torch>=2.3",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "SimpleITK>=2.2.1",
+        "batchgenerators>=0.25.1",
+        "dynamic-network-architectures>=0.4.3",
+        "scipy>=1.11",
+        "matplotlib>=3.8",
+        "pandas>=2.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={"test": ["pytest>=8", "ruff>=0.6"]},
+    entry_points={
+        "console_scripts": [f"nnunet_transplant_{name} = nnunet_transplant.cli.{name}:main" for name in COMMANDS]
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+)
