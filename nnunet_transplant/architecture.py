@@ -1,0 +1,99 @@
+"""The networks that nnU-Net builds from plans: their tensors by name, which of them are one and the same, which are
+heads."""
+import contextlib
+import inspect
+import io
+from dataclasses import dataclass
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_transplant.errors import TransplantError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a network. nnU-Net's state dict names the same tensor up to four times (`encoder.*` and
+    `decoder.encoder.*`, `conv` and `all_modules.0`): each tensor goes by the last of its names, the one that counts
+    when a state dict is loaded."""
+    shapes: dict[str, tuple[int, ...]]  # every name of the state dict, in its order
+    canonical: dict[str, str]           # every name -> the last name of the same tensor
+    heads: frozenset[str]               # canonical names of the segmentation heads
+
+    @property
+    def names(self) -> list[str]:
+        """The canonical names, one for each tensor, in the order of the state dict."""
+        return [name for name in self.shapes if self.canonical[name] == name]
+
+    @property
+    def body(self) -> list[str]:
+        """The canonical names of everything but the heads: what theta_0 and tau consist of."""
+        return [name for name in self.names if name not in self.heads]
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network without what DDP and torch.compile wrap around it, so that tensors have their plain names."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def canonical_names(network: nn.Module) -> dict[str, str]:
+    """Every name in the state dict -> the last name of the same tensor, found by identity."""
+    named = [*bare(network).named_parameters(remove_duplicate=False), *bare(network).named_buffers(
+        remove_duplicate=False)]
+    objects = {name: id(tensor) for name, tensor in named}
+    names = list(bare(network).state_dict(keep_vars=True))  # without buffers that are not saved
+    last = {objects[name]: name for name in names}
+    return {name: last[objects[name]] for name in names}
+
+
+def find_trainer(trainer_name: str) -> type[nnUNetTrainer]:
+    """The trainer class nnU-Net finds by this name. Raises TransplantError where it finds none."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net narrates its search
+            return recursive_find_trainer_class_by_name(trainer_name)
+    except RuntimeError as error:
+        raise TransplantError(f"nnU-Net does not find the trainer '{trainer_name}', which builds this network: add its "
+                              "folder to nnUNet_extTrainer") from error
+
+
+def changes_network(trainer: type[nnUNetTrainer]) -> bool:
+    """Whether the trainer builds another network than the one in the plans."""
+    return trainer.build_network_architecture is not nnUNetTrainer.build_network_architecture
+
+
+def build_network(plans: dict, configuration: str, dataset_json: dict, trainer: type[nnUNetTrainer] = nnUNetTrainer,
+                  num_heads: int | None = None, deep_supervision: bool = True) -> nn.Module:
+    """The network of a trained model, with `num_heads` output channels (default: as many as its labels need)."""
+    manager = PlansManager(plans)
+    config = manager.get_configuration(configuration)
+    channels = determine_num_input_channels(manager, config, dataset_json)
+    if num_heads is None:
+        num_heads = manager.get_label_manager(dataset_json).num_segmentation_heads
+    build = trainer.build_network_architecture
+    if "plans_manager" in inspect.signature(build).parameters:
+        return build(manager, config, channels, num_heads, deep_supervision)
+    return build(config.network_arch_class_name, config.network_arch_init_kwargs,
+                 config.network_arch_init_kwargs_req_import, channels, num_heads, deep_supervision)
+
+
+def layout(plans: dict, configuration: str, dataset_json: dict, trainer: type[nnUNetTrainer] = nnUNetTrainer) -> Layout:
+    """The tensors of a model's network, without allocating them.
+
+    Heads are found, not listed: the tensors whose shape depends on the number of classes.
+    """
+    with torch.device("meta"):
+        network = build_network(plans, configuration, dataset_json, trainer)
+        num_heads = PlansManager(plans).get_label_manager(dataset_json).num_segmentation_heads
+        one_more = build_network(plans, configuration, dataset_json, trainer, num_heads + 1)
+    canonical = canonical_names(network)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    other = {name: tuple(tensor.shape) for name, tensor in one_more.state_dict().items()}
+    return Layout(shapes, canonical, frozenset(canonical[name] for name in shapes if shapes[name] != other[name]))
