@@ -21,9 +21,9 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunet_transplant.environment import ext_trainer_value
 
 PLANS = "nnUNetPlansSmall"
-BASE = "nnUNetTrainerStable_12epochs_150iterations_NoMirroring"
-TASK = "nnUNetTrainerTaskVector_10epochs_60iterations_NoMirroring"
-STOCK = "nnUNetTrainer_16epochs_150iterations_NoMirroring"
+BASE = "nnUNetTrainerStable_10epochs_150iterations_NoMirroring"
+TASK = "nnUNetTrainerTaskVector_10epochs_50iterations_NoMirroring"
+STOCK = "nnUNetTrainer_16epochs_125iterations_NoMirroring"
 TASKS = {901: "Anterior", 902: "Posterior", 903: "Joint"}
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     folders = {name: args.work.resolve() / name.removeprefix("nnUNet_")
                for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     environment = os.environ | {name: str(folder) for name, folder in folders.items()} | {
-        "nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2",
+        "nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2", "OMP_WAIT_POLICY": "PASSIVE",
         "nnUNet_extTrainer": os.pathsep.join([ext_trainer_value(), str(Path(__file__).parent.resolve() / "trainers")])}
     run = Steps(environment, args.work / "seconds.json")
 
@@ -94,11 +94,12 @@ def model(folders: dict[str, Path], dataset: str, trainer: str) -> Path:
 
 
 def write_small_plans(preprocessed: Path) -> None:
-    """nnU-Net's own plans with half the features and batch 4, on the same preprocessed data."""
+    """nnU-Net's own plans with half the features, a smaller patch and batch 4, on the same preprocessed data."""
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
     plans["plans_name"] = PLANS
-    plans["configurations"]["3d_fullres"]["batch_size"] = 4
-    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [16, 32, 64, 128]
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration |= {"batch_size": 4, "patch_size": [32, 40, 32]}
+    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [16, 32, 64, 128]
     (preprocessed / f"{PLANS}.json").write_text(json.dumps(plans, indent=4, sort_keys=False))
 
 

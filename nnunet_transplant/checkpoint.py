@@ -1,4 +1,5 @@
 """Read and write nnU-Net checkpoints: safely, lazily, and so that a file is there whole or not at all."""
+import glob
 import hashlib
 import os
 import shutil
@@ -77,7 +78,10 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
     Names that share one tensor object are stored once. To an open file torch writes no file name into the archive.
     """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save(dict(checkpoint), file)
+        try:
+            torch.save(dict(checkpoint), file)
+        except RuntimeError as error:  # torch's writer hides the disk's own words
+            raise OSError(f"could not write {path}: {error.__context__ or error}") from error
         file.flush()
         os.fsync(file.fileno())
 
@@ -102,23 +106,53 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary name beside `path` to write a file or a folder to; renamed to `path` at the end, or removed.
 
-    A folder never replaces an existing one: of two writers of the same folder one wins whole, the other gets the
-    FileExistsError or OSError of the rename.
+    A file replaces an existing one. A folder does so only with `replace`: of two writers of the same folder one wins
+    whole, the other gets a TransplantError. What a killed process left of the same target is cleared away first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not _is_running(left):
+            _remove(left)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.rename(temporary, path)
+        if replace and path.is_dir():
+            os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if old.exists():
+                os.rename(old, path)
+            if path.is_dir():
+                raise TransplantError(f"{path} was written by somebody else in the meantime") from error
+            raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
+        _remove(temporary)
+        _remove(old)
+
+
+def _is_running(temporary: Path) -> bool:
+    """Whether the process that writes to this temporary name still exists."""
+    owner = temporary.name.removesuffix(".tmp").rpartition(".")[2]
+    try:
+        os.kill(int(owner), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import bare, canonical_names, changes_network, layout
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.task_vector import RECORD, read_theta_0, theta_0_path, write_theta_0
 
-RECORD = "nnunet_transplant"  # our key in checkpoints and in dataset.json
 TASK_EPOCHS, TASK_HEAD_EPOCHS = 10, 2
 
 
@@ -317,7 +317,7 @@ class TaskVectorTrainer(TransplantTrainer):
                 "-pretrained_weights CHECKPOINT (--c continues only where a checkpoint of this trainer exists)")
         path = theta_0_path(Path(self.output_folder_base), self.theta_0_sha256)
         if self.local_rank == 0 and not path.exists():
-            checkpoints.write_safetensors(theta_0, path, {"sha256": self.theta_0_sha256})
+            write_theta_0(theta_0, path)
         self._freeze(theta_0)
 
     def _freeze(self, theta_0: dict[str, torch.Tensor]) -> None:
@@ -342,19 +342,6 @@ class TaskVectorTrainer(TransplantTrainer):
 
     def record(self) -> dict[str, Any]:
         return super().record() | {"theta_0": self.theta_0_sha256}
-
-
-def theta_0_path(model_folder: Path, sha256: str) -> Path:
-    """Where a model folder keeps the base its folds were fine-tuned from; folds may differ in it."""
-    return model_folder / f"theta_0_{sha256[:16]}.safetensors"
-
-
-def read_theta_0(path: Path) -> dict[str, torch.Tensor]:
-    """theta_0 by canonical names. Raises TransplantError where the file is missing, damaged or not what it says."""
-    tensors, metadata = checkpoints.read_safetensors(path)
-    if checkpoints.tensors_sha256(tensors) != metadata.get("sha256"):
-        raise TransplantError(f"{path} does not hold the weights it names: its SHA-256 differs")
-    return tensors
 
 
 _VARIANT = re.compile(r"(?:_(?P<epochs>[1-9]\d*)epochs?)?(?:_(?P<iterations>[1-9]\d*)iterations?)?"

@@ -15,7 +15,8 @@ def main() -> None:
     parser.add_argument("-tasks", required=True, nargs="+", metavar="NAME=LABELS",
                         help="the tasks: a comma joins labels into one class, + separates classes; labels by name or "
                              "number, ranges such as 11-18")
-    parser.add_argument("-ids", required=True, nargs="+", type=int, metavar="ID", help="a free dataset id for each task")
+    parser.add_argument("-ids", required=True, nargs="+", type=int, metavar="ID",
+                        help="a free dataset id for each task")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name, default: nnUNetPlans")
     parser.add_argument("-plans_from", metavar="DATASET",
                         help="take the plans of this dataset and preprocess the images under them, so that models of "

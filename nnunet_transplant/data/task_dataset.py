@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -186,7 +186,7 @@ def _region_order(classes: Mapping[str, Sequence[str]], members: Mapping[str, fr
 
     nnU-Net writes region after region, later ones over earlier ones."""
     regions = list(foreground_values(parent_labels))
-    keep = parent_order is not None and has_regions(parent_labels) and all(len(parts) == 1 for parts in classes.values())
+    keep = parent_order is not None and all(len(parts) == 1 for parts in classes.values())
     if keep:
         names = sorted(classes, key=lambda name: regions.index(classes[name][0]))
     else:
@@ -343,9 +343,8 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
               for task in parsed]
 
     source = preprocessed_root / (parent if plans_from is None else _dataset_name(plans_from))
-    own_plans = source.name == parent
     plans = _load_plans(source, plans_name)
-    folders = _data_folders(plans, source, own_plans)
+    folders = _data_folders(plans, plans_name, source, source.name == parent)
     _check_plans_fit(plans, folders, parent_json, source.name)
 
     files = get_filenames_of_train_images_and_targets(str(raw_root / parent), deepcopy(parent_json))
@@ -364,7 +363,9 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
     with _targets(names, labels, task_jsons, raw_root, preprocessed_root) as targets:
         for target in targets:
             _write_task_files(target, plans, plans_name, source, splits, folders)
-        work = partial(_make_case, targets=targets, folders=folders, plans=plans)
+        # sent to the workers with every case, so without the list of all cases
+        light = [replace(target, dataset_json={**target.dataset_json, "dataset": {}}) for target in targets]
+        work = partial(_make_case, targets=light, folders=folders, plans=plans)
         _for_each_case(work, {case: files[case] for case in chosen}, num_processes, show_progress)
         if parent_splits is None and splits_file.parent.is_dir():
             save_json(new_splits(list(files)), str(splits_file), sort_keys=False)
@@ -380,7 +381,7 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
               f"default, and were preprocessed for each task." for folder in folders if not folder.shared]
     identifiers = {folder.identifier for folder in folders}
     configurations = [name for name in plans["configurations"]
-                      if _configuration(plans, name).configuration.get("data_identifier") in identifiers]
+                      if _configuration(plans, name).data_identifier in identifiers]
     return TaskSplit([TaskDataset(target.name, target.dataset_json["labels"], chosen, target.final_raw,
                                   target.final_preprocessed) for target in targets], plans_name, configurations, notes)
 
@@ -393,9 +394,12 @@ def _root(variable: str) -> Path:
 
 def _dataset_name(dataset: int | str) -> str:
     try:
-        return str(maybe_convert_to_dataset_name(dataset))
+        name = str(maybe_convert_to_dataset_name(dataset))
     except (RuntimeError, ValueError) as error:
         raise TransplantError(f"No dataset '{dataset}': {error}") from error
+    if not re.match(r"Dataset\d{3}_", name):
+        raise TransplantError(f"'{name}' is no dataset name of nnU-Net: they are like Dataset004_Hippocampus.")
+    return name
 
 
 def _check_ids(tasks: Sequence[Task], ids: Sequence[int], parent: str) -> None:
@@ -420,8 +424,9 @@ def _load_plans(source: Path, plans_name: str) -> dict:
     """The plans, after a check that what is copied along with them is there."""
     dataset_id = int(source.name[7:10])
     if not (source / f"{plans_name}.json").is_file():
+        planner = "" if plans_name == "nnUNetPlans" else f" -pl PLANNER, with the planner that makes {plans_name}"
         raise TransplantError(f"{source.name} has no plans {plans_name} in nnUNet_preprocessed. Run: "
-                              f"nnUNetv2_plan_and_preprocess -d {dataset_id}")
+                              f"nnUNetv2_plan_and_preprocess -d {dataset_id}{planner}")
     if not (source / "dataset_fingerprint.json").is_file():
         raise TransplantError(f"{source.name} has no dataset_fingerprint.json in nnUNet_preprocessed. Run: "
                               f"nnUNetv2_extract_fingerprint -d {dataset_id}")
@@ -432,7 +437,7 @@ def _configuration(plans: dict, name: str) -> ConfigurationManager:
     return PlansManager(plans).get_configuration(name)
 
 
-def _data_folders(plans: dict, source: Path, link_images: bool) -> list[_DataFolder]:
+def _data_folders(plans: dict, plans_name: str, source: Path, link_images: bool) -> list[_DataFolder]:
     """A folder for each data identifier that `source` has preprocessed.
 
     If it has none, an error, or when images are not linked: 3d_fullres, or else all configurations."""
@@ -442,7 +447,7 @@ def _data_folders(plans: dict, source: Path, link_images: bool) -> list[_DataFol
     found = {identifier: name for identifier, name in first_with.items() if (source / identifier).is_dir()}
     if not found and link_images:
         raise TransplantError(f"{source.name} is planned but not preprocessed. Run: "
-                              f"nnUNetv2_preprocess -d {int(source.name[7:10])} -plans_name {plans['plans_name']}")
+                              f"nnUNetv2_preprocess -d {int(source.name[7:10])} -plans_name {plans_name}")
     if not found:
         full = {identifier: name for identifier, name in first_with.items() if name == "3d_fullres"}
         found = full or first_with
@@ -467,7 +472,8 @@ def _check_plans_fit(plans: dict, folders: Sequence[_DataFolder], parent_json: d
     for folder in folders:
         planned = len(_configuration(plans, folder.configuration).normalization_schemes)
         if planned != channels:
-            raise TransplantError(f"The plans of {source} are for {planned} image channels, the dataset has {channels}.")
+            raise TransplantError(f"The plans of {source} are for {planned} image channels, the dataset has "
+                                  f"{channels}.")
     reader = PlansManager(plans).image_reader_writer_class
     if parent_json["file_ending"].lower() not in reader.supported_file_endings:
         raise TransplantError(f"The plans of {source} read images with {reader.__name__}, which cannot read "

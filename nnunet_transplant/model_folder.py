@@ -1,0 +1,198 @@
+"""A trained nnU-Net model folder: open it, check that several can merge, write a new one."""
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_transplant import checkpoint as checkpoints
+from nnunet_transplant.architecture import Layout, find_trainer, layout
+from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.task_vector import RECORD, read_theta_0, theta_0_path
+
+CHECKPOINT = "checkpoint_final.pth"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """One trained fold of an nnU-Net model folder. Its weights stay on disk until `tensors()`."""
+    path: Path                             # the checkpoint
+    plans: dict[str, Any]
+    dataset_json: dict[str, Any]
+    configuration: str
+    trainer: type[nnUNetTrainer]
+    mirroring_axes: tuple[int, ...] | None  # None: no mirroring at test time
+    record: dict[str, Any]                 # what our trainers note in a checkpoint; {} from stock trainers
+    layout: Layout
+    trust: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent.parent
+
+    @property
+    def fold(self) -> str:
+        return self.path.parent.name.removeprefix("fold_")
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder} fold {self.fold}"
+
+    @property
+    def labels(self) -> LabelManager:
+        return PlansManager(self.plans).get_label_manager(self.dataset_json)
+
+    @property
+    def theta_0_sha256(self) -> str | None:
+        return self.record.get("theta_0")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The network's tensors by canonical name, as maps of the file: memory is used only where they are read."""
+        weights = checkpoints.read(self.path, self.trust)["network_weights"]
+        return {name: weights[name] for name in self.layout.names}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Every tensor under all of its names, as nnU-Net loads it."""
+        tensors = self.tensors()
+        return {name: tensors[self.layout.canonical[name]] for name in self.layout.shapes}
+
+    def theta_0(self) -> dict[str, torch.Tensor] | None:
+        """The base this fold was fine-tuned from, by canonical name, where the folder keeps it."""
+        if self.theta_0_sha256 is None:
+            return None
+        path = theta_0_path(self.folder, self.theta_0_sha256)
+        return read_theta_0(path) if path.exists() else None
+
+
+def open_models(model: Path, folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
+                trust: bool = False) -> list[TrainedModel]:
+    """The folds of a trained model folder, or the one that a checkpoint inside such a folder belongs to.
+
+    folds: as given to -f; by default every numbered fold that has the checkpoint, else fold_all.
+    Raises TransplantError for what is no trained nnU-Net model, or lacks a fold.
+    """
+    if model.is_file():
+        return [_open(model, trust)]
+    if not model.is_dir():
+        raise TransplantError(f"there is no model folder {model}")
+    if folds is None:
+        found = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{checkpoint_name}"))
+        folds = [fold for fold in found if fold != "all"] or found
+        if not folds:
+            raise TransplantError(f"{model} is not a trained nnU-Net model folder: it has no fold_X/{checkpoint_name}")
+    return [_open(model / f"fold_{fold}" / checkpoint_name, trust) for fold in folds]
+
+
+def _open(path: Path, trust: bool) -> TrainedModel:
+    folder = path.parent.parent
+    plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
+    content = checkpoints.read(path, trust)
+    configuration = content["init_args"]["configuration"]
+    trainer = find_trainer(content["trainer_name"])
+    try:
+        tensors = layout(plans, configuration, dataset_json, trainer)
+    except TransplantError:
+        raise
+    except Exception as error:  # nnU-Net meets missing keys and nonsense with any exception
+        raise TransplantError(f"nnU-Net cannot build the network that {folder / 'plans.json'} describes "
+                              f"({type(error).__name__}: {error})") from error
+    weights = content["network_weights"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if shapes != tensors.shapes:
+        odd = sorted(name for name in shapes.keys() | tensors.shapes.keys()
+                     if shapes.get(name) != tensors.shapes.get(name))
+        raise TransplantError(f"{path} does not fit the network of its plans.json: {odd[0]} is "
+                              f"{shapes.get(odd[0], 'missing')}, expected {tensors.shapes.get(odd[0], 'no such tensor')}")
+    axes = content.get("inference_allowed_mirroring_axes")
+    record = content.get(RECORD)
+    return TrainedModel(path, plans, dataset_json, configuration, trainer, tuple(axes) if axes else None,
+                        record if isinstance(record, dict) else {}, tensors, trust)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise TransplantError(f"{path.parent} is not a trained nnU-Net model folder: it has no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TransplantError(f"{path} is not valid JSON") from error
+    if not isinstance(content, dict):
+        raise TransplantError(f"{path} holds no JSON object")
+    return content
+
+
+def open_theta_0(base: Path, reference: TrainedModel, checkpoint_name: str = CHECKPOINT,
+                 trust: bool = False) -> dict[str, torch.Tensor]:
+    """The base given as -base, by canonical names and without heads: a model folder with one fold, a checkpoint in
+    one, or a theta_0 file of a model folder.
+
+    Raises TransplantError where it is another network than the reference's.
+    """
+    if base.suffix == ".safetensors":
+        theta_0, network = read_theta_0(base), None
+    else:
+        models = open_models(base, None, checkpoint_name, trust)
+        if len(models) > 1:
+            raise TransplantError(f"{base} has {len(models)} folds: give the checkpoint of the one that is the base, "
+                                  f"such as {models[0].path}")
+        network = models[0].tensors()
+        theta_0 = {name: tensor for name, tensor in network.items() if name not in models[0].layout.heads}
+    expected = {name: reference.layout.shapes[name] for name in reference.layout.body}
+    if {name: tuple(tensor.shape) for name, tensor in theta_0.items()} != expected:
+        raise TransplantError(f"the base {base} has another network than {reference.name}")
+    return theta_0
+
+
+# What must agree for the same weights to mean the same: nnU-Net's preprocessing, field by field.
+_CONFIGURATION_FIELDS = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name",
+                         "resampling_fn_data", "resampling_fn_data_kwargs", "previous_stage")
+
+
+def preprocessing_fields(model: TrainedModel) -> dict[str, Any]:
+    """What the model's input goes through before the network, by names a user finds in the plans."""
+    manager = PlansManager(model.plans)
+    configuration = manager.get_configuration(model.configuration).configuration
+    fields = {"configuration": model.configuration,
+              "channels": list(model.dataset_json.get("channel_names", model.dataset_json.get("modality", {})).values()),
+              "transpose_forward": model.plans.get("transpose_forward")}
+    fields |= {field: configuration.get(field) for field in _CONFIGURATION_FIELDS}
+    if "CTNormalization" in (configuration.get("normalization_schemes") or []):
+        fields["CT intensity statistics"] = manager.foreground_intensity_properties_per_channel
+    if configuration.get("previous_stage"):  # the labels of the previous stage are input channels
+        fields["labels"] = model.dataset_json["labels"]
+    return fields
+
+
+def check_mergeable(models: Sequence[TrainedModel]) -> None:
+    """Raise TransplantError with a table of what differs, unless all models preprocess their input in the same way,
+    have the same tensors, and come from the same theta_0 where it is known."""
+    first = models[0]
+    for other in models[1:]:
+        ours, theirs = preprocessing_fields(first), preprocessing_fields(other)
+        rows = [(field, ours.get(field), theirs.get(field)) for field in ours | theirs
+                if ours.get(field) != theirs.get(field)]
+        body = {name: first.layout.shapes[name] for name in first.layout.body}
+        other_body = {name: other.layout.shapes[name] for name in other.layout.body}
+        rows += [(name, body.get(name, "none"), other_body.get(name, "none")) for name in body | other_body
+                 if body.get(name) != other_body.get(name)][:5]
+        known = (first.theta_0_sha256, other.theta_0_sha256)
+        if None not in known and known[0] != known[1]:
+            rows.append(("theta_0 (SHA-256)", known[0][:16], known[1][:16]))
+        if rows:
+            table = "\n".join(f"  {field}: {_short(a)} | {_short(b)}" for field, a, b in rows)
+            raise TransplantError(f"{first.name} and {other.name} cannot merge; they differ in\n{table}")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def common_theta_0_sha256(models: Sequence[TrainedModel]) -> str | None:
+    """The theta_0 that the models record (after check_mergeable at most one), None where none does."""
+    return next((model.theta_0_sha256 for model in models if model.theta_0_sha256), None)
