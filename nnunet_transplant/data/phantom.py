@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from nnunet_transplant.errors import TransplantError
 
 ORGANS = {"Liver": 1, "Spleen": 2, "Kidney": 3, "Aorta": 4}
-SHAPE = (40, 48, 64)  # voxels of 6 mm
+SHAPE = (32, 40, 48)  # voxels of 7.5 x 7.2 x 8 mm: small enough to learn from on a CPU
 FIELD_OF_VIEW = (240.0, 288.0, 384.0)  # mm, whatever the shape: more voxels are smaller voxels
 
 _REGIONS = {"background": 0, "AllOrgans": [1, 2, 3, 4], "SolidOrgans": [1, 2, 3], "Spleen": 2, "Kidney": 3}
@@ -156,7 +156,7 @@ def _organs(rng: np.random.Generator, points: np.ndarray) -> dict[str, np.ndarra
         p = _own(rng, points, (height, 36, 66 * side))
         kidney |= _ball(p, (height, 36, 66 * side), (52, 25, 27)) & ~_ball(p, (height, 30, 42 * side), (20, 16, 18))
     p = _own(rng, points, (0, 26, 8)) + np.stack([0 * points[0], 0 * points[0], 6 * np.sin(points[0] / 45)])
-    return {"Liver": liver, "Spleen": spleen, "Kidney": kidney, "Aorta": _ball(p, (26, 8), (12, 12))}
+    return {"Liver": liver, "Spleen": spleen, "Kidney": kidney, "Aorta": _ball(p, (26, 8), (13, 13))}
 
 
 def _paint(rng: np.random.Generator, points: np.ndarray, device: Scanner) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,111 @@
+"""Small nnU-Net models made on the spot: the real plans format, real networks, random weights."""
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from nnunet_transplant.architecture import build_network, layout
+from nnunet_transplant.task_vector import theta_0_path, write_theta_0
+
+PLAIN = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+RESIDUAL = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+
+
+def small_plans(dim: int = 3, residual: bool = False, patch: int = 16, spacing: float = 1.0) -> dict:
+    """nnU-Net plans with one configuration, a two- or three-stage network of few features."""
+    stages = 3
+    arch = {"n_stages": stages, "features_per_stage": [4, 8, 16], "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
+            "kernel_sizes": [[3] * dim] * stages, "strides": [[1] * dim, [2] * dim, [2] * dim],
+            "n_conv_per_stage_decoder": [1] * (stages - 1), "conv_bias": True,
+            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True}}
+    arch["n_blocks_per_stage" if residual else "n_conv_per_stage"] = [1] * stages
+    resampling = {"resampling_fn_data": "resample_data_or_seg_to_shape",
+                  "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
+                  "resampling_fn_seg": "resample_data_or_seg_to_shape",
+                  "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},
+                  "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+                  "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, "order_z": 0,
+                                                         "force_separate_z": None}}
+    name = {2: "2d", 3: "3d_fullres"}[dim]
+    configuration = {
+        "data_identifier": f"nnUNetPlans_{name}", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
+        "patch_size": [patch] * dim, "median_image_size_in_voxels": [float(patch)] * dim, "spacing": [spacing] * dim,
+        "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False], **resampling,
+        "architecture": {"network_class_name": RESIDUAL if residual else PLAIN, "arch_kwargs": arch,
+                         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]},
+        "batch_dice": dim == 2}
+    return {"dataset_name": "Dataset700_Small", "plans_name": "nnUNetPlans",
+            "original_median_spacing_after_transp": [spacing] * 3, "original_median_shape_after_transp": [patch] * 3,
+            "image_reader_writer": "SimpleITKIO", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+            "configurations": {name: configuration}, "experiment_planner_used": "ExperimentPlanner",
+            "label_manager": "LabelManager", "foreground_intensity_properties_per_channel": {}}
+
+
+def dataset_json(labels: dict, regions_class_order: list[int] | None = None, **more: object) -> dict:
+    content = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": 8, "file_ending": ".nii.gz", **more}
+    return content | ({} if regions_class_order is None else {"regions_class_order": regions_class_order})
+
+
+def random_network(plans: dict, dataset: dict, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    configuration = next(iter(plans["configurations"]))
+    network = build_network(plans, configuration, dataset)
+    with torch.no_grad():  # norms start as the identity and biases at zero: make every tensor count
+        for tensor in network.parameters():
+            tensor.add_(0.05 * torch.randn_like(tensor))
+    return network
+
+
+def write_model(folder: Path, labels: dict | None = None, order: list[int] | None = None, seed: int = 0,
+                fold: str = "0", plans: dict | None = None, base: torch.nn.Module | None = None, step: float = 0.05,
+                record_base: bool = True, axes: tuple[int, ...] | None = None, change: dict | None = None,
+                **dataset: object) -> Path:
+    """A trained model folder. With `base` the body is the base's plus a random tau of size `step`, and theta_0 is
+    recorded as nnUNetTrainerTaskVector does. `change` replaces tensors of the state dict by name."""
+    plans = small_plans() if plans is None else copy.deepcopy(plans)
+    content = dataset_json(labels or {"background": 0, "one": 1, "two": 2}, order, **dataset)
+    configuration = next(iter(plans["configurations"]))
+    network = random_network(plans, content, seed)
+    record = {}
+    if base is not None:
+        names = layout(plans, configuration, content).body
+        theta_0 = {name: tensor.clone() for name, tensor in base.state_dict().items() if name in names}
+        state = network.state_dict()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name in names:
+                state[name].copy_(theta_0[name] + step * torch.randn(theta_0[name].shape, generator=generator))
+        if record_base:
+            (folder / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
+            from nnunet_transplant.checkpoint import tensors_sha256
+            sha256 = tensors_sha256(theta_0)
+            write_theta_0(theta_0, theta_0_path(folder, sha256))
+            record = {"nnunet_transplant": {"trainer": "nnUNetTrainerTaskVector", "theta_0": sha256}}
+    path = folder / f"fold_{fold}" / "checkpoint_final.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "dataset.json").write_text(json.dumps(content))
+    (folder / "dataset_fingerprint.json").write_text("{}")
+    torch.save({"network_weights": network.state_dict() | (change or {}), "optimizer_state": {}, "logging": {},
+                "grad_scaler_state": None, "_best_ema": 0.5, "current_epoch": 1,
+                "init_args": {"configuration": configuration, "fold": fold, "plans": plans, "dataset_json": content},
+                "trainer_name": "nnUNetTrainer", "inference_allowed_mirroring_axes": axes, **record}, path)
+    return folder
+
+
+def base_network(labels: dict | None = None, plans: dict | None = None, seed: int = 99) -> torch.nn.Module:
+    return random_network(plans or small_plans(), dataset_json(labels or {"background": 0, "all": 1}), seed)
+
+
+def run_command(name: str, *args: object, expect: int = 0) -> subprocess.CompletedProcess:
+    """An installed command of nnU-Net or of ours, as a user runs it. Checks its exit status."""
+    program = Path(sys.executable).with_name(name)
+    done = subprocess.run([program, *map(str, args)], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == expect, f"{name} {args}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done

@@ -1,0 +1,362 @@
+"""Merging model folders: what is written, what nnU-Net makes of it, and what is refused."""
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factory import base_network, random_network, small_plans, write_model
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_transplant import checkpoint
+from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.merging import merge_folders, write_merge
+from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.task_vector import theta_0_path
+
+LABELS = {"softmax": ({"background": 0, "one": 1, "two": 2}, None),
+          "regions": ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])}
+
+
+@pytest.fixture
+def base() -> torch.nn.Module:
+    return base_network()
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, base: torch.nn.Module) -> list[Path]:
+    return [write_model(tmp_path / "a", {"background": 0, "A": 1}, base=base, seed=1, axes=(0, 1, 2)),
+            write_model(tmp_path / "b", {"background": 0, "B": 1, "C": 2}, base=base, seed=2, axes=(0, 2))]
+
+
+def stock_logits(folder: Path, image: torch.Tensor, fold: str) -> torch.Tensor:
+    """What nnU-Net's own predictor makes of a model folder: logits of a preprocessed image (C, x, y, z)."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder), (fold,))
+    return predictor.predict_logits_from_preprocessed_data(image).float()
+
+
+def network_logits(folder: Path, image: torch.Tensor) -> torch.Tensor:
+    """The plain forward pass of a model folder's network, in float32: (C, x, y, z)."""
+    plans, dataset = (json.loads((folder / f"{name}.json").read_text()) for name in ("plans", "dataset"))
+    path = next(folder.glob("fold_*/checkpoint_final.pth"))
+    network = random_network(plans, dataset, 0)
+    network.load_state_dict(torch.load(path, weights_only=False)["network_weights"])
+    network.decoder.deep_supervision = False
+    with torch.no_grad():
+        return network.eval()(image[None])[0]
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("residual", [False, True])
+def test_one_model_alone_predicts_the_same_voxels(tmp_path: Path, kind: str, dim: int, residual: bool) -> None:
+    labels, order = LABELS[kind]
+    model = write_model(tmp_path / "model", labels, order, plans=small_plans(dim, residual),
+                        axes=tuple(range(dim)))
+    write_merge(merge_folders([model], method="average", weights=[1.0]), tmp_path / "merged")
+    image = torch.randn(1, 20, 20, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(stock_logits(model, image, "0"), stock_logits(tmp_path / "merged", image, "all"))
+
+
+def test_joined_softmax_heads_follow_the_rule_of_the_tasks_own_logits(tmp_path: Path, tasks: list[Path]) -> None:
+    """The same body in both tasks, so that the merged body is that body: then every structure's logit must be its
+    task's z_c - z_bg, and the argmax the best-scoring structure, background where no score is positive."""
+    body = open_models(tasks[0])[0]
+    bodies = {name: tensor for name, tensor in body.state_dict().items() if ".seg_layers." not in name}
+    second = write_model(tmp_path / "same_body", {"background": 0, "B": 1, "C": 2}, seed=5, change=bodies)
+    write_merge(merge_folders([tasks[0], second]), tmp_path / "merged")
+    image = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    a, bc, merged = (network_logits(folder, image) for folder in (tasks[0], second, tmp_path / "merged"))
+    scores = np.stack([(a[1] - a[0]).numpy(), (bc[1] - bc[0]).numpy(), (bc[2] - bc[0]).numpy()])
+    np.testing.assert_allclose(merged[0].numpy(), 0, atol=0)
+    np.testing.assert_allclose(merged[1:].numpy(), scores, rtol=1e-4, atol=1e-4)
+    best = scores.argmax(0) + 1
+    best[scores.max(0) <= 0] = 0
+    decided = np.sort(np.concatenate([np.zeros_like(scores[:1]), scores]), 0)
+    clear = decided[-1] - decided[-2] > 1e-3  # rounding may decide the others
+    assert clear.mean() > 0.95
+    np.testing.assert_array_equal(merged.argmax(0).numpy()[clear], best[clear])
+
+
+def test_joined_region_heads_keep_each_regions_logit(tmp_path: Path) -> None:
+    parent = {"parent": "Dataset001_P", "parent_labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "in": 3},
+              "parent_regions_class_order": [1, 2, 3]}
+
+    def task(name: str, seed: int, labels: dict, order: list[int], classes: dict, change: dict) -> Path:
+        return write_model(tmp_path / name, labels, order, seed=seed, change=change,
+                           nnunet_transplant=parent | {"classes": classes})
+    core = task("core", 1, {"background": 0, "core": [1, 2]}, [1], {"core": ["core"]}, {})
+    body = {name: tensor for name, tensor in open_models(core)[0].state_dict().items() if "seg_layers" not in name}
+    other = task("other", 2, {"background": 0, "whole": [1, 2], "in": 2}, [1, 2], {"whole": ["whole"], "in": ["in"]},
+                 body)
+    write_merge(merge_folders([core, other]), tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "dataset.json").read_text())
+    # nested as in the parent, outermost first, so that nnU-Net writes the inner ones over the outer ones
+    assert written["labels"] == {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "in": [3]}
+    assert written["regions_class_order"] == [1, 2, 3]
+    image = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    one, two, merged = (network_logits(folder, image) for folder in (core, other, tmp_path / "merged"))
+    torch.testing.assert_close(merged, torch.stack([two[0], one[0], two[1]]), rtol=1e-4, atol=1e-4)
+
+
+def test_shared_structure_is_averaged_and_forgotten_ones_are_gone(tmp_path: Path, base: torch.nn.Module) -> None:
+    a = write_model(tmp_path / "a", {"background": 0, "A": 1, "B": 2}, base=base, seed=1)
+    b = write_model(tmp_path / "b", {"background": 0, "B": 1}, base=base, seed=2)
+    merged = merge_folders([a, b], weights=[0.25, 0.75])["all"]
+    head = "decoder.seg_layers.1.weight"
+    of_a, of_b = (open_models(model)[0].state_dict()[head] for model in (a, b))
+    torch.testing.assert_close(merged.weights[head][2], 0.25 * (of_a[2] - of_a[0]) + 0.75 * (of_b[1] - of_b[0]))
+    forgot = merge_folders([a, b], method="task_arithmetic", weights=[1, -1])["all"]
+    assert list(forgot.dataset_json["labels"]) == ["background", "A", "B"]
+    forgot = merge_folders([a, b], method="task_arithmetic", weights=[-1, 1])["all"]
+    assert forgot.dataset_json["labels"] == {"background": 0, "B": 1}
+
+
+def test_folds_average_and_per_fold(tmp_path: Path, base: torch.nn.Module) -> None:
+    folders = {"x": {"background": 0, "X": 1}, "y": {"background": 0, "Y": 1}}
+    for i, (name, labels) in enumerate(folders.items()):
+        for fold in ("0", "1"):
+            write_model(tmp_path / name, labels, base=base, seed=10 * i + int(fold), fold=fold)
+    paths = [tmp_path / name for name in folders]
+    tensor = "encoder.stages.0.0.convs.0.conv.weight"
+    thetas = [[model.state_dict()[tensor] for model in open_models(path)] for path in paths]
+    whole = merge_folders(paths)["all"]
+    torch.testing.assert_close(whole.weights[tensor], sum(sum(folds) for folds in thetas) / 4)
+    per_fold = merge_folders(paths, per_fold=True)
+    assert list(per_fold) == ["0", "1"]
+    torch.testing.assert_close(per_fold["1"].weights[tensor], (thetas[0][1] + thetas[1][1]) / 2)
+    write_merge(per_fold, tmp_path / "merged")
+    assert [model.fold for model in open_models(tmp_path / "merged")] == ["0", "1"]
+    with pytest.raises(TransplantError, match="same folds"):
+        merge_folders([*paths, write_model(tmp_path / "z", {"background": 0, "Z": 1}, base=base, fold="0")],
+                      per_fold=True)
+
+
+def test_what_a_merge_writes(tmp_path: Path, tasks: list[Path]) -> None:
+    dataset = json.loads((tasks[0] / "dataset.json").read_text())
+    dataset["dataset"] = {"patient": {"images": ["/secret/patient.nii.gz"]}}
+    (tasks[0] / "dataset.json").write_text(json.dumps(dataset))
+    write_merge(merge_folders(tasks, method="ties"), tmp_path / "one")
+    write_merge(merge_folders(tasks, method="ties"), tmp_path / "two")
+    files = {str(path.relative_to(tmp_path / "one")): path.read_bytes()
+             for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert set(files) == {"plans.json", "dataset.json", "dataset_fingerprint.json", "merge.json",
+                          "fold_all/checkpoint_final.pth", "fold_all/progress.png", "fold_all/validation/summary.json"}
+    for name, content in files.items():  # same inputs, same bytes
+        assert (tmp_path / "two" / name).read_bytes() == content, name
+        assert b"secret" not in content, name
+    content = checkpoint.read(tmp_path / "one" / "fold_all" / "checkpoint_final.pth")
+    assert content["trainer_name"] == "nnUNetTrainer"
+    assert content["inference_allowed_mirroring_axes"] == (0, 2)
+    inputs = json.loads(files["merge.json"])["folds"]["all"]["inputs"]
+    for one, task in zip(inputs, tasks, strict=True):
+        path = task / "fold_0" / "checkpoint_final.pth"
+        assert one == {"path": str(path), "sha256": checkpoint.file_sha256(path), "fold": "0", "weight": 0.5,
+                       "structures": one["structures"]}
+    sources = json.loads(files["dataset.json"])["nnunet_transplant"]
+    assert sources["classes"] == {"A": ["A"], "B": ["B"], "C": ["C"]}
+
+
+def test_tied_tensors_stay_tied_and_are_stored_once(tmp_path: Path, tasks: list[Path]) -> None:
+    """31 M parameters: the file is at most 1.05 times its unique weights."""
+    plans = small_plans()
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(
+        n_stages=6, features_per_stage=[32, 64, 128, 256, 320, 320], kernel_sizes=[[3] * 3] * 6,
+        strides=[[1] * 3] + [[2] * 3] * 5, n_conv_per_stage=[2] * 6, n_conv_per_stage_decoder=[2] * 5)
+    model = write_model(tmp_path / "big", plans=plans)
+    merged = merge_folders([model])
+    weights = merged["all"].weights
+    unique = {id(tensor): tensor for tensor in weights.values()}
+    parameters = sum(tensor.numel() for tensor in unique.values())
+    assert 30e6 < parameters < 32e6
+    write_merge(merged, tmp_path / "merged")
+    path = tmp_path / "merged" / "fold_all" / "checkpoint_final.pth"
+    assert path.stat().st_size <= 1.05 * 4 * parameters
+    loaded = checkpoint.read(path)["network_weights"]
+    assert len({tensor.data_ptr() for tensor in loaded.values()}) == len(unique)
+
+
+def test_mirroring_is_what_all_allow(tmp_path: Path) -> None:
+    for one, two, expected in [((0, 1, 2), (1, 2), (1, 2)), ((0,), (1,), None), ((0, 1), None, None)]:
+        models = [write_model(tmp_path / f"{one}{two}{i}", axes=axes) for i, axes in enumerate((one, two))]
+        assert merge_folders(models)["all"].mirroring_axes == expected
+
+
+def test_half_precision_weights_stay_half_precision_and_integers_are_copied(tmp_path: Path) -> None:
+    plans = small_plans()
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(
+        norm_op="torch.nn.modules.batchnorm.BatchNorm3d")
+    model = write_model(tmp_path / "model", plans=plans)
+    path = model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    content["network_weights"] = {name: tensor.half() if tensor.is_floating_point() else tensor + 7
+                                  for name, tensor in content["network_weights"].items()}
+    torch.save(content, path)
+    merged = merge_folders([model, model])["all"].weights
+    for name, tensor in content["network_weights"].items():
+        assert merged[name].dtype == tensor.dtype
+        assert torch.equal(merged[name], tensor), name
+
+
+def test_stock_fine_tuning_needs_the_base_given(tmp_path: Path, base: torch.nn.Module) -> None:
+    models = [write_model(tmp_path / name, {"background": 0, name: 1}, base=base, seed=i, record_base=False)
+              for i, name in enumerate("AB")]
+    given = write_model(tmp_path / "base", {"background": 0, "all": 1}, change=base.state_dict())
+    with pytest.raises(TransplantError, match="needs theta_0"):
+        merge_folders(models, method="ties")
+    recorded = [write_model(tmp_path / f"r{name}", {"background": 0, name: 1}, base=base, seed=i)
+                for i, name in enumerate("AB")]
+    for method in ("ties", "task_arithmetic"):
+        by_hand = merge_folders(models, method=method, base=given)["all"]
+        by_record = merge_folders(recorded, method=method)["all"]
+        assert all(torch.equal(by_hand.weights[name], tensor) for name, tensor in by_record.weights.items())
+    assert not merge_folders(models)["all"].notes
+    strangers = [write_model(tmp_path / f"s{seed}", seed=seed) for seed in (1, 2)]
+    assert "do not seem to come from one base" in merge_folders(strangers)["all"].notes[0]
+
+
+def refuse_other_architecture(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    return [write_model(tmp / "a"), write_model(tmp / "b", plans=small_plans(residual=True))]
+
+
+def refuse_other_spacing(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    return [write_model(tmp / "a"), write_model(tmp / "b", plans=small_plans(spacing=2.0))]
+
+
+def refuse_other_base(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    return [write_model(tmp / "a", base=base), write_model(tmp / "b", base=base_network(seed=7))]
+
+
+def refuse_nan(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    name = "encoder.stages.0.0.convs.0.conv.bias"
+    return [write_model(tmp / "a"), write_model(tmp / "b", change={
+        name: torch.tensor([1, float("nan"), 0, 0]), name.replace("conv.", "all_modules.0."): torch.tensor(
+            [1, float("nan"), 0, 0]), **{f"decoder.{n}": torch.tensor([1, float("nan"), 0, 0]) for n in (
+                name, name.replace("conv.", "all_modules.0."))}})]
+
+
+def refuse_regions_beside_labels(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    return [write_model(tmp / "a"), write_model(tmp / "b", *LABELS["regions"])]
+
+
+def refuse_label_clash(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    return [write_model(tmp / name, {"background": 0, "kidney": 1},
+                        nnunet_transplant={"classes": {"kidney": parts}})
+            for name, parts in (("a", ["left", "right"]), ("b", ["left"]))]
+
+
+def refuse_truncated(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    model = write_model(tmp / "a")
+    path = model / "fold_0" / "checkpoint_final.pth"
+    path.write_bytes(path.read_bytes()[:5000])
+    return [model]
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return os.system, ("touch pickle_ran_code",)
+
+
+def refuse_code(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    model = write_model(tmp / "a")
+    path = model / "fold_0" / "checkpoint_final.pth"
+    torch.save(torch.load(path, weights_only=False) | {"more": RunsCode()}, path)
+    return [model]
+
+
+def refuse_without_plans(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    model = write_model(tmp / "a")
+    (model / "plans.json").unlink()
+    return [model]
+
+
+def refuse_broken_plans(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    model = write_model(tmp / "a")
+    (model / "plans.json").write_text("{")
+    return [model]
+
+
+def refuse_missing(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    return [tmp / "nowhere"]
+
+
+def refuse_other_trainer(tmp: Path, base: torch.nn.Module) -> list[Path]:
+    model = write_model(tmp / "a")
+    path = model / "fold_0" / "checkpoint_final.pth"
+    torch.save(torch.load(path, weights_only=False) | {"trainer_name": "nnUNetTrainerOfMine"}, path)
+    return [model]
+
+
+REFUSED = {
+    refuse_other_architecture: "cannot merge; they differ in", refuse_other_spacing: "spacing: [1.0, 1.0, 1.0] | [2.0",
+    refuse_other_base: "theta_0 (SHA-256)", refuse_nan: "holds NaN or Inf in", refuse_label_clash: "'kidney' is left+right",
+    refuse_regions_beside_labels: "has regions, others have plain labels", refuse_truncated: "truncated or damaged",
+    refuse_code: "posix.system", refuse_without_plans: "has no plans.json", refuse_broken_plans: "not valid JSON",
+    refuse_missing: "there is no model folder", refuse_other_trainer: "does not find the trainer 'nnUNetTrainerOfMine'",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_refused(tmp_path: Path, base: torch.nn.Module, make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TransplantError) as error:
+        merge_folders(make(tmp_path, base))
+    assert REFUSED[make] in str(error.value)
+    assert not (tmp_path / "pickle_ran_code").exists()
+
+
+def test_trusting_a_file_is_explicit(tmp_path: Path, base: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    merge_folders(refuse_code(tmp_path, base), trust=True)
+    assert (tmp_path / "pickle_ran_code").exists()
+
+
+def test_wrong_base_and_damaged_base_are_refused(tmp_path: Path, tasks: list[Path], base: torch.nn.Module) -> None:
+    other = write_model(tmp_path / "other", {"background": 0, "all": 1}, seed=8)
+    with pytest.raises(TransplantError, match="is not the one these models were fine-tuned from"):
+        merge_folders(tasks, method="ties", base=other)
+    wide = write_model(tmp_path / "wide", {"background": 0, "all": 1}, plans=small_plans(residual=True))
+    with pytest.raises(TransplantError, match="another network"):
+        merge_folders(tasks, method="ties", base=wide)
+    kept = theta_0_path(tasks[0], open_models(tasks[0])[0].theta_0_sha256)
+    content = bytearray(kept.read_bytes())
+    content[-1] ^= 1
+    kept.write_bytes(content)
+    with pytest.raises(TransplantError, match="SHA-256 differs"):
+        merge_folders(tasks, method="ties")
+
+
+def test_output_is_whole_or_absent(tmp_path: Path, tasks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = merge_folders(tasks)
+    output = tmp_path / "out" / "merged"
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            write_merge(merged, output)
+    assert list(output.parent.iterdir()) == []
+    write_merge(merged, output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(TransplantError, match="exists already"):
+        write_merge(merged, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            write_merge(merged, output, overwrite=True)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    write_merge(merge_folders(tasks, method="ties"), output, overwrite=True)
+    assert json.loads((output / "merge.json").read_text())["folds"]["all"]["method"] == "ties"
+    assert [path.name for path in output.parent.iterdir()] == ["merged"]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(TransplantError, match="replaces nothing else"):
+        write_merge(merged, precious, overwrite=True)
+    assert (precious / "thesis.txt").exists()
+
+
