@@ -30,7 +30,7 @@ setup(
         "pandas>=2.0",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff>=0.6"]},
+    extras_require={"test": ["pytest>=8", "ruff>=0.6", "setuptools>=77"]},
     entry_points={
         "console_scripts": [f"nnunet_transplant_{name} = nnunet_transplant.cli.{name}:main" for name in COMMANDS]
     },

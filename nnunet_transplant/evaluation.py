@@ -7,13 +7,14 @@ against the same reference: the dataset's own labels, found by what each structu
 import contextlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import (
@@ -26,7 +27,7 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.helpers import empty_cache
-from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
@@ -93,14 +94,14 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
     output = Path(os.path.abspath(output))
     check_output(output, models, overwrite)
     cases = find_cases(dataset, fold)
-    torch_device_ = torch_device(device)
+    target_device = torch_device(device)
     use_our_trainers()
     labels = model_labels(models)
     groups = [open_models(Path(path), None, checkpoint_name, trust) for path in models]
     targets_of, notes = name_targets(labels, groups, cases)
     for label, folds in zip(labels, groups, strict=True):
         _check_input(label, folds[0], cases)
-    contenders = [_Contender(label, folds, targets, predictor(folds, torch_device_, step_size, mirroring,
+    contenders = [_Contender(label, folds, targets, predictor(folds, target_device, step_size, mirroring,
                                                               progress_bar=False))
                   for label, folds, targets in zip(labels, groups, targets_of, strict=True)]
     with atomic_path(output, replace=overwrite) as folder:
@@ -203,11 +204,283 @@ def model_labels(models: Iterable[Path]) -> list[str]:
 
 
 def _check_input(label: str, model: TrainedModel, cases: Cases) -> None:
-    """Raise TransplantError unless the model can take the dataset's images."""
-    plans = model.labels and _manager(model)
+    """Raise TransplantError unless the model can read the dataset's images and has as many channels."""
+    plans = PlansManager(model.plans)
+    if plans.get_configuration(model.configuration).previous_stage_name is not None:
+        raise TransplantError(f"{label} is the second stage of a cascade: it cannot be evaluated from images alone")
+    ending = cases.dataset_json["file_ending"]
+    reader = plans.image_reader_writer_class
+    if ending.lower() not in reader.supported_file_endings:
+        raise TransplantError(f"{label} reads images with {reader.__name__}, which cannot read the {ending} files of "
+                              f"{cases.dataset}")
     channels = len(model.dataset_json.get("channel_names", model.dataset_json.get("modality", {})))
     for case, files in cases.files.items():
         if len(files["images"]) != channels:
-            raise TransplantError(f"{label} takes {channels} channel{'s' * (channels > 1)}, but case {case} of "
+            raise TransplantError(f"{label} takes {channels} channel{'s' * (channels != 1)}, but case {case} of "
                                   f"{cases.dataset} has {len(files['images'])}")
-    return plans
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is scored against what
+
+def match_structures(model: TrainedModel, cases: Cases) -> tuple[dict[str, list[str]], list[str]]:
+    """Structure of a model -> the labels of the dataset that it is scored against; and the structures that the dataset
+    does not have.
+
+    A structure consists of the labels that its dataset.json records (for a task dataset the parent's), or of the label
+    of its own name. A task dataset may be the reference too: its labels count as what they consist of.
+    """
+    known = foreground_values(cases.dataset_json["labels"])
+    parts = {label: set(origin(cases, label)) for label in known}  # a dataset records them as a model does
+    matches: dict[str, list[str]] = {}
+    unknown = []
+    for structure in foreground_values(model.dataset_json["labels"]):
+        wanted = set(origin(model, structure))
+        labels = [label for label in known if parts[label] <= wanted]
+        if labels and set().union(*(parts[label] for label in labels)) == wanted:
+            matches[structure] = labels
+        elif parts.get(structure) == {structure}:
+            matches[structure] = [structure]
+        else:
+            unknown.append(structure)
+    return matches, unknown
+
+
+def reference_key(labels: Sequence[str], dataset_json: dict[str, Any]) -> Key:
+    """The union of some labels of a dataset, as nnU-Net's summary.json names a label or region: a label that has
+    exactly these values as dataset.json writes it, otherwise the sorted values."""
+    values = foreground_values(dataset_json["labels"])
+    union = {value for label in labels for value in values[label]}
+    for label in (*labels, *values):
+        if set(values[label]) == union:
+            written = dataset_json["labels"][label]
+            listed = isinstance(written, (list, tuple)) and has_regions(dataset_json["labels"])
+            return values[label] if listed else values[label][0]
+    return tuple(sorted(union))
+
+
+def unique_key(key: Key, taken: Iterable[Key]) -> Key:
+    """The key, or where another structure of the model is scored against the same labels, the same region written
+    differently: 1, (1, 1), (1, 1, 1). nnU-Net reads all of them, and each as the same voxels."""
+    taken = set(taken)
+    while key in taken:
+        values = key if isinstance(key, tuple) else (key,)
+        key = (*values, values[0])
+    return key
+
+
+def name_targets(labels: Sequence[str], groups: Sequence[Sequence[TrainedModel]],
+                 cases: Cases) -> tuple[list[list[Target]], list[str]]:
+    """For each model (its label and its folds) what is scored, and a note for each model about what is not.
+
+    Structures of several models that are scored against the same labels share a row: it has the dataset's name for
+    these labels, or where they are a union, the structure's. A name that would stand for two things is replaced by the
+    labels, joined by +. Raises TransplantError for a model that has no structure of the dataset.
+    """
+    dataset_labels = foreground_values(cases.dataset_json["labels"])
+    rows = {frozenset(values): label for label, values in reversed(dataset_labels.items())}
+    result, notes = [], []
+    for model_label, folds in zip(labels, groups, strict=True):
+        matches, unknown = match_structures(folds[0], cases)
+        if not matches:
+            raise TransplantError(f"{model_label} has no structure of {cases.dataset}: it has "
+                                  f"{', '.join(unknown)}, the dataset {', '.join(dataset_labels)}")
+        if unknown:
+            notes.append(f"note: {', '.join(unknown)} of {model_label} not scored: {cases.dataset} has no such label")
+        predicted = foreground_values(folds[0].dataset_json["labels"])
+        targets: list[Target] = []
+        for structure, parts in matches.items():
+            key = reference_key(parts, cases.dataset_json)
+            values = key if isinstance(key, tuple) else (key,)
+            name = structure if structure not in (*dataset_labels, *rows.values()) else "+".join(parts)
+            row = rows.setdefault(frozenset(values), name)
+            if row in [target.row for target in targets]:  # two structures of one model for the same labels
+                row = f"{row} ({structure})"
+            targets.append(Target(structure, unique_key(key, [target.key for target in targets]), values,
+                                  predicted[structure], row))
+        result.append(targets)
+    return result, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction and scores
+
+def score(reference: np.ndarray, prediction: np.ndarray, targets: Sequence[Target],
+          ignore: int | None = None) -> dict[Key, dict[str, float]]:
+    """nnU-Net's metrics of each target by its key, for label maps of the same shape.
+
+    Voxels that the reference marks with the ignore label do not count. Dice = 2 TP / (2 TP + FP + FN) and
+    IoU = TP / (TP + FP + FN) are NaN where the structure is neither in the reference nor in the prediction.
+    Raises TransplantError for label maps of different shapes.
+    """
+    if reference.shape != prediction.shape:
+        raise TransplantError(f"the reference has the shape {reference.shape}, the prediction (and the image) "
+                              f"{prediction.shape}")
+    ignored = None if ignore is None else reference == ignore
+    metrics = {}
+    for target in targets:
+        tp, fp, fn, tn = (int(count) for count in compute_tp_fp_fn_tn(
+            region_or_label_to_mask(reference, target.reference),
+            region_or_label_to_mask(prediction, target.prediction), ignored))
+        there = tp + fp + fn > 0
+        metrics[target.key] = {"Dice": 2 * tp / (2 * tp + fp + fn) if there else np.nan,
+                               "IoU": tp / (tp + fp + fn) if there else np.nan,
+                               "FP": fp, "TP": tp, "FN": fn, "TN": tn, "n_pred": fp + tp, "n_ref": fn + tp}
+    return metrics
+
+
+def _predict_and_score(contenders: Sequence[_Contender], cases: Cases, folder: Path, output: Path,
+                       progress: bool) -> dict[str, list[dict[str, Any]]]:
+    """For each model nnU-Net's metric_per_case, in the order of the cases. Predictions are written to folder, which is
+    going to be output.
+
+    One process and no pool: starting nnU-Net's costs more than it brings for a fold's cases. Case by case, so that
+    models with the same preprocessing share it.
+    """
+    scores: dict[str, list[dict[str, Any]]] = {contender.label: [] for contender in contenders}
+    for contender in contenders:
+        (folder / contender.label / PREDICTIONS).mkdir(parents=True)
+    with tqdm(total=len(cases.files) * len(contenders), unit="prediction", disable=not progress) as bar:
+        for case, files in cases.files.items():
+            inputs: list[tuple[Any, _Input]] = []
+            for contender in contenders:
+                bar.set_postfix_str(f"{contender.label} {case}")
+                how = _how_preprocessed(contender.folds[0])
+                given = next((known for other, known in inputs if other == how), None)
+                if given is None:
+                    given = _read(contender, case, files)
+                    inputs.append((how, given))
+                name = Path(contender.label) / PREDICTIONS / f"{case}{cases.dataset_json['file_ending']}"
+                prediction = _predict(contender, given, cases, folder / name)
+                try:
+                    metrics = score(given.reference, prediction, contender.targets,
+                                    cases.dataset_json["labels"].get("ignore"))
+                except TransplantError as error:
+                    raise TransplantError(f"case {case} of {cases.dataset}: {error}") from error
+                scores[contender.label].append({"reference_file": str(files["label"]),
+                                                "prediction_file": str(output / name), "metrics": metrics})
+                bar.update()
+    empty_cache(contenders[0].predictor.device)
+    return scores
+
+
+class _Input(NamedTuple):
+    """A case as a model gets it."""
+    image: np.ndarray           # preprocessed, (channels, z, y, x)
+    properties: dict[str, Any]  # what nnU-Net needs to undo the preprocessing
+    reference: np.ndarray       # the label map as the model's reader reads it, (1, z, y, x) of the raw image
+
+
+def _how_preprocessed(model: TrainedModel) -> tuple[dict[str, Any], type]:
+    """Models for which this is equal see a case in the same way."""
+    return preprocessing_fields(model), PlansManager(model.plans).image_reader_writer_class
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what nnU-Net prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _read(contender: _Contender, case: str, files: dict[str, Any]) -> _Input:
+    nnunet = contender.predictor
+    preprocessor = nnunet.configuration_manager.preprocessor_class(verbose=False)
+    try:
+        with _silence():
+            reference = nnunet.plans_manager.image_reader_writer_class().read_seg(files["label"])[0]
+            image, _, properties = preprocessor.run_case(list(files["images"]), None, nnunet.plans_manager,
+                                                         nnunet.configuration_manager, nnunet.dataset_json)
+    except Exception as error:  # the readers and the resampling meet unfit images with any exception
+        raise TransplantError(f"nnU-Net cannot read and preprocess case {case} for {contender.label} "
+                              f"({type(error).__name__}: {' '.join(str(error).split())})") from error
+    return _Input(image, properties, reference)
+
+
+def _predict(contender: _Contender, given: _Input, cases: Cases, path: Path) -> np.ndarray:
+    """What nnUNetPredictor does with a preprocessed case. Writes the label map to path and reads it as it is there."""
+    nnunet = contender.predictor
+    ending = cases.dataset_json["file_ending"]
+    with _silence(), overflow_explained():
+        logits = nnunet.predict_logits_from_preprocessed_data(torch.from_numpy(given.image)).cpu()
+        export_prediction_from_logits(
+            logits, given.properties, nnunet.configuration_manager, nnunet.plans_manager,
+            nnunet.dataset_json | {"file_ending": ending}, str(path).removesuffix(ending),
+            num_threads_torch=min(default_num_processes, os.cpu_count() or 1))
+        return nnunet.plans_manager.image_reader_writer_class().read_seg(str(path))[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+
+def write_summary(per_case: Sequence[dict[str, Any]], targets: Sequence[Target], path: Path) -> None:
+    """nnU-Net's summary.json of one model, and an entry of our own: "structures", the model's structure -> its key.
+
+    per_case: reference_file, prediction_file and metrics (see `score`) of each case.
+    """
+    means = {target.key: {metric: _nanmean(entry["metrics"][target.key][metric] for entry in per_case)
+                          for metric in per_case[0]["metrics"][target.key]} for target in targets}
+    foreground = {metric: float(np.mean([mean[metric] for mean in means.values()])) for metric in means[targets[0].key]}
+    save_summary_json({"metric_per_case": list(per_case), "mean": means, "foreground_mean": foreground,
+                       "structures": {target.structure: label_or_region_to_key(target.key) for target in targets}},
+                      str(path))
+
+
+def _nanmean(values: Iterable[float]) -> float:
+    """The mean without NaN; NaN (and no warning) where nothing is left."""
+    numbers = [value for value in values if not np.isnan(value)]
+    return float(np.mean(numbers)) if numbers else np.nan
+
+
+def _frame(contenders: Sequence[_Contender], scores: dict[str, list[dict[str, Any]]], cases: Cases) -> pd.DataFrame:
+    rows = [(contender.label, target.row, case, entry["metrics"][target.key]["Dice"])
+            for contender in contenders for target in contender.targets
+            for case, entry in zip(cases.files, scores[contender.label], strict=True)]
+    return pd.DataFrame(rows, columns=["model", "structure", "case", "dice"])
+
+
+def means_table(frame: pd.DataFrame) -> str:
+    """Mean Dice over the cases: a row for each structure, a column for each model, and below the mean over those
+    structures for which every model has a Dice, so that it compares like with like.
+
+    frame: as `evaluate` returns it. "-" is a structure that a model does not have (or that the dataset cannot score),
+    "nan" one that no case has, neither in the reference nor in the prediction.
+    """
+    models, structures = list(frame["model"].unique()), list(frame["structure"].unique())
+    means = frame.groupby(["structure", "model"], sort=False)["dice"].mean().to_dict()
+    rows = [[structure, *(_cell(means, (structure, model)) for model in models)] for structure in structures]
+    common = [structure for structure in structures
+              if not any(np.isnan(means.get((structure, model), np.nan)) for model in models)]
+    if common:
+        rows.append([f"mean of {len(common)}", *(f"{np.mean([means[s, model] for s in common]):.4f}"
+                                                 for model in models)])
+    return _layout(["structure"], models, rows)
+
+
+def cases_table(frame: pd.DataFrame) -> str:
+    """Dice of every case: a row for each case and structure, a column for each model; cells as in `means_table`."""
+    models = list(frame["model"].unique())
+    dice = frame.set_index(["case", "structure", "model"])["dice"].to_dict()
+    rows = [[case, structure, *(_cell(dice, (case, structure, model)) for model in models)]
+            for case in frame["case"].unique() for structure in frame["structure"].unique()]
+    return _layout(["case", "structure"], models, rows)
+
+
+def _cell(values: dict[tuple, float], where: tuple) -> str:
+    return f"{values[where]:.4f}" if where in values else "-"
+
+
+def _layout(names: list[str], models: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns: the names to the left, the numbers to the right. Where the models' labels would make the table
+    wider than a terminal, they are numbered, with a line for each above the table."""
+    legend = []
+    lines = [[*names, *models], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if sum(widths) + 2 * len(widths) > _TERMINAL:
+        numbers = [f"[{i}]" for i in range(1, len(models) + 1)]
+        legend = [f"{number} {model}" for number, model in zip(numbers, models, strict=True)]
+        lines[0] = [*names, *numbers]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) if i < len(names) else cell.rjust(width)
+                      for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    return "\n".join([*legend, *text])

@@ -107,7 +107,7 @@ def _open(path: Path, trust: bool) -> TrainedModel:
         odd = sorted(name for name in shapes.keys() | tensors.shapes.keys()
                      if shapes.get(name) != tensors.shapes.get(name))
         raise TransplantError(f"{path} does not fit the network of its plans.json: {odd[0]} is "
-                              f"{shapes.get(odd[0], 'missing')}, expected {tensors.shapes.get(odd[0], 'no such tensor')}")
+                              f"{shapes.get(odd[0], 'missing')}, expected {tensors.shapes.get(odd[0], 'none')}")
     axes = content.get("inference_allowed_mirroring_axes")
     record = content.get(RECORD)
     return TrainedModel(path, plans, dataset_json, configuration, trainer, tuple(axes) if axes else None,
@@ -157,8 +157,8 @@ def preprocessing_fields(model: TrainedModel) -> dict[str, Any]:
     """What the model's input goes through before the network, by names a user finds in the plans."""
     manager = PlansManager(model.plans)
     configuration = manager.get_configuration(model.configuration).configuration
-    fields = {"configuration": model.configuration,
-              "channels": list(model.dataset_json.get("channel_names", model.dataset_json.get("modality", {})).values()),
+    channels = model.dataset_json.get("channel_names", model.dataset_json.get("modality", {}))
+    fields = {"configuration": model.configuration, "channels": list(channels.values()),
               "transpose_forward": model.plans.get("transpose_forward")}
     fields |= {field: configuration.get(field) for field in _CONFIGURATION_FIELDS}
     if "CTNormalization" in (configuration.get("normalization_schemes") or []):

@@ -6,7 +6,7 @@ import matplotlib
 
 matplotlib.use("agg")
 
-import matplotlib.pyplot as plt  # noqa: E402 - the backend comes first
+import matplotlib.pyplot as plt
 
 BLUE = "#0072B2"  # from Okabe and Ito's palette for colour-blind readers
 

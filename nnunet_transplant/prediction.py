@@ -35,8 +35,9 @@ def predictor(models: MergedModel | Sequence[TrainedModel], device: torch.device
     first = models if isinstance(models, MergedModel) else models[0]
     with contextlib.redirect_stdout(io.StringIO()):  # it says on a CPU that it is not on a GPU
         result = nnUNetPredictor(
-            tile_step_size=step_size, use_gaussian=True, use_mirroring=mirroring, perform_everything_on_device=on_device,
-            device=device, verbose=verbose, verbose_preprocessing=verbose, allow_tqdm=progress_bar)
+            tile_step_size=step_size, use_gaussian=True, use_mirroring=mirroring,
+            perform_everything_on_device=on_device, device=device, verbose=verbose,
+            verbose_preprocessing=verbose, allow_tqdm=progress_bar)
     parameters = [models.weights] if isinstance(models, MergedModel) else [model.state_dict() for model in models]
     network = build_network(first.plans, first.configuration, first.dataset_json, first.trainer,
                             deep_supervision=False)

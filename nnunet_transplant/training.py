@@ -106,9 +106,18 @@ def head_only_epochs(epochs: int) -> int:
     return min(round(TASK_HEAD_EPOCHS * min(epochs, TASK_EPOCHS) / TASK_EPOCHS), epochs - 1)
 
 
+def segmentation_layers(network: nn.Module) -> list[nn.Module]:
+    """The heads of a convolutional U-Net, lowest resolution first. Raises TransplantError for other networks."""
+    layers = getattr(getattr(bare(network), "decoder", None), "seg_layers", None)
+    if layers is None:
+        raise TransplantError(f"these trainers train nnU-Net's convolutional U-Nets: {type(bare(network)).__name__} "
+                              "has no decoder with segmentation layers")
+    return list(layers)
+
+
 def untrained_heads(network: nn.Module, deep_supervision: bool) -> list[nn.Parameter]:
     """The heads that the loss gives no gradient: the lowest one under deep supervision, else all but the highest."""
-    heads = list(bare(network).decoder.seg_layers)
+    heads = segmentation_layers(network)
     unused = heads[:1] if deep_supervision else heads[:-1]
     return [p for head in unused[:len(heads) - 1] for p in head.parameters()]
 
@@ -169,7 +178,7 @@ class TransplantTrainer(nnUNetTrainer):
         self.batch_size, self.num_micro_batches = micro_batches(
             self.effective_batch_size, self.configuration_manager.batch_size, world_size)
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802
         *rest, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if not self.mirroring:
             mirror_axes = self.inference_allowed_mirroring_axes = None
@@ -177,9 +186,7 @@ class TransplantTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         super().initialize()
-        if not hasattr(getattr(bare(self.network), "decoder", None), "seg_layers"):
-            raise TransplantError(f"{type(self).__name__} trains nnU-Net's convolutional U-Nets; "
-                                  f"{type(bare(self.network)).__name__} has no decoder with segmentation layers")
+        segmentation_layers(self.network)
         if self.dropout and not add_channel_dropout(bare(self.network), self.dropout):
             raise TransplantError(f"{type(self).__name__} needs a network with normalised convolution blocks: "
                                   "its dropout goes there")
@@ -190,7 +197,8 @@ class TransplantTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self._resumed_random_state is not None:  # last, after everything that draws numbers at the start
+        # last, after everything that draws numbers at the start; not on further GPUs, which draw other batches
+        if self._resumed_random_state is not None and self.local_rank == 0:
             set_random_state(self._resumed_random_state, self.device)
 
     def train_step(self, batch: dict) -> dict:
@@ -253,10 +261,15 @@ class TransplantTrainer(nnUNetTrainer):
         }, Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        super().load_checkpoint(filename_or_checkpoint)
         own = checkpoints.read(Path(filename_or_checkpoint)).get(RECORD, {})
-        self._resumed_random_state = own.get("random_state")
-        self.resume_from(own)
+        if "random_state" not in own:
+            raise TransplantError(f"{filename_or_checkpoint} was not written by {type(self).__name__}: "
+                                  "training cannot continue from it")
+        if not self.was_initialized:
+            self.initialize()
+        self.resume_from(own)  # first: it says what is wrong where torch would fail on the optimiser's state
+        self._resumed_random_state = own["random_state"]
+        super().load_checkpoint(filename_or_checkpoint)
 
     def resume_from(self, record: dict[str, Any]) -> None:
         """Called with our own key of the checkpoint that training continues from."""
@@ -290,12 +303,14 @@ class TaskVectorTrainer(TransplantTrainer):
         return layout(self.plans_manager.plans, self.configuration_name, self.dataset_json, type(self))
 
     def configure_optimizers(self) -> tuple[AdamWOnTau, ConstantRate]:
+        for p in untrained_heads(self.network, self.enable_deep_supervision):
+            # nnU-Net's loss gives it a tiny weight under DDP: outside the optimiser its gradient would only pile up
+            p.requires_grad_(False)
         heads = self._layout().heads
         canonical = canonical_names(self.network)
-        frozen = {id(p) for p in untrained_heads(self.network, self.enable_deep_supervision)}
         named = [(canonical[name], p) for name, p in bare(self.network).named_parameters()]
         body = [p for name, p in named if name not in heads]
-        new = [p for name, p in named if name in heads and id(p) not in frozen]
+        new = [p for name, p in named if name in heads and p.requires_grad]
         optimizer = AdamWOnTau([
             {"params": body, "lr": self.initial_lr, "weight_decay": 0.0, "tau_decay": self.weight_decay},
             {"params": new, "lr": self.head_learning_rate, "weight_decay": 0.01}])

@@ -24,7 +24,7 @@ def main() -> None:
 
 def add_predict_arguments(parser: ArgumentParser) -> None:
     """nnUNetv2_predict's options, by its names and defaults."""
-    parser.add_argument("-step_size", type=float, default=0.5, help="step of the sliding window, at most 1; default 0.5")
+    parser.add_argument("-step_size", type=float, default=0.5, help="sliding window step, at most 1; default 0.5")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring at test time: faster, less accurate")
     parser.add_argument("--verbose", action="store_true", help="let nnU-Net talk")
     parser.add_argument("--save_probabilities", action="store_true", help="also write the probabilities")
@@ -38,7 +38,7 @@ def add_predict_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-part_id", type=int, default=0, help="which of these calls this is, from 0")
     parser.add_argument("-device", default="cuda", help="cuda (default), cpu or mps")
     parser.add_argument("--disable_progress_bar", action="store_true", help="no progress bar")
-    parser.add_argument("--not_on_device", action="store_true", help="keep results in RAM, for volumes too big for VRAM")
+    parser.add_argument("--not_on_device", action="store_true", help="keep results in RAM: volumes too big for VRAM")
 
 
 def run(args: Namespace) -> None:

@@ -33,8 +33,9 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.labels import Labels, TaskLabels, foreground_values, task_labels
+from nnunet_transplant.task_vector import RECORD
 
-Labels = Mapping[str, "int | Sequence[int]"]
 Splits = list[dict[str, list[str]]]
 
 RESERVED = ("background", "ignore")  # label names with a meaning of their own in nnU-Net
@@ -47,26 +48,6 @@ class Task(NamedTuple):
     """A task's name, and for each of its classes the names of the parent's labels that it joins."""
     name: str
     classes: dict[str, list[str]]
-
-
-class TaskLabels(NamedTuple):
-    """A task's `labels` and `regions_class_order` (None without regions) as in dataset.json, and parent value -> task
-    value for every value that the parent's label maps may hold."""
-    labels: dict[str, "int | list[int]"]
-    regions_class_order: list[int] | None
-    value_map: dict[int, int]
-
-
-def has_regions(labels: Labels) -> bool:
-    """nnU-Net's own test: any label that lists more than one value."""
-    return any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values())
-
-
-def foreground_values(labels: Labels) -> dict[str, tuple[int, ...]]:
-    """Label name -> its values, without background and ignore, in the order of `labels`."""
-    values = {name: tuple(int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
-              for name, value in labels.items() if name != "ignore"}
-    return {name: value for name, value in values.items() if set(value) != {0}}
 
 
 def parse_task(text: str, parent_labels: Labels) -> Task:
@@ -127,78 +108,6 @@ def _labels_of_item(text: str, parent_labels: Labels, task: str) -> list[str]:
         raise TransplantError(f"Task '{task}': the dataset has no label '{text}'. It has "
                               + ", ".join(f"{label} ({_shown(parent_labels[label])})" for label in values) + ".")
     return named[:1]
-
-
-def task_labels(classes: Mapping[str, Sequence[str]], parent_labels: Labels,
-                parent_regions_class_order: Sequence[int] | None = None) -> TaskLabels:
-    """Labels of a task with these classes (class name -> the parent's label names).
-
-    Disjoint classes of plain labels become the labels 1..C in their order. Classes of a region dataset, or classes
-    that overlap, become regions: voxels are labelled 1..A by which of the classes they belong to, and each class lists
-    the labels it consists of. The ignore label is carried over as the highest value.
-
-    Regions keep the parent's order and `regions_class_order` where each is a region of the parent. Otherwise they are
-    ordered large to small (by their number of parent labels), and each writes a label that no smaller one has.
-
-    Raises TransplantError for two classes of the same labels and for a region that holds background.
-    """
-    values = foreground_values(parent_labels)
-    members = {name: frozenset(value for label in labels for value in values[label])
-               for name, labels in classes.items()}
-    for name, member in members.items():
-        same = [other for other in members if members[other] == member and other != name]
-        if same:
-            raise TransplantError(f"The classes '{name}' and '{same[0]}' are the same voxels.")
-        if 0 in member:
-            raise TransplantError(f"The class '{name}' contains background (label value 0): not supported.")
-    parent_values = sorted({value for label_values in values.values() for value in label_values})
-    overlap = sum(len(member) for member in members.values()) > len(frozenset().union(*members.values()))
-    value_map = {0: 0}
-    order: list[int] | None = None
-    labels: dict[str, int | list[int]] = {"background": 0}
-    if has_regions(parent_labels) or overlap:
-        names, writers = _region_order(classes, members, parent_labels, parent_regions_class_order)
-        atoms: dict[tuple[bool, ...], int] = {}
-        for value in parent_values:
-            membership = tuple(value in members[name] for name in names)
-            value_map[value] = atoms.setdefault(membership, len(atoms) + 1) if any(membership) else 0
-        order = [value_map[writer] for writer in writers]
-        labels.update({name: [atom for membership, atom in atoms.items() if membership[i]]
-                       for i, name in enumerate(names)})
-        highest = len(atoms)
-        if not has_regions(labels):
-            # nnU-Net trains regions only where one lists several values: a value that no voxel has keeps it so
-            highest += 1
-            labels[names[0]].append(highest)
-    else:
-        labels.update({name: i for i, name in enumerate(members, 1)})
-        value_map.update({value: next((i for i, member in enumerate(members.values(), 1) if value in member), 0)
-                          for value in parent_values})
-        highest = len(members)
-    if "ignore" in parent_labels:
-        labels["ignore"] = value_map[int(parent_labels["ignore"])] = highest + 1
-    return TaskLabels(labels, order, value_map)
-
-
-def _region_order(classes: Mapping[str, Sequence[str]], members: Mapping[str, frozenset[int]], parent_labels: Labels,
-                  parent_order: Sequence[int] | None) -> tuple[list[str], list[int]]:
-    """Class names in the order nnU-Net writes them, and for each the parent value that stands for it.
-
-    nnU-Net writes region after region, later ones over earlier ones."""
-    regions = list(foreground_values(parent_labels))
-    keep = parent_order is not None and all(len(parts) == 1 for parts in classes.values())
-    if keep:
-        names = sorted(classes, key=lambda name: regions.index(classes[name][0]))
-    else:
-        names = sorted(classes, key=lambda name: -len(members[name]))
-    writers = []
-    for i, name in enumerate(names):
-        writer = parent_order[regions.index(classes[name][0])] if keep else None
-        if writer not in members[name]:
-            own = members[name].difference(*(members[smaller] for smaller in names[i + 1:]))
-            writer = min(own or members[name])
-        writers.append(writer)
-    return names, writers
 
 
 def remap_labels(seg: np.ndarray, value_map: Mapping[int, int]) -> np.ndarray:
@@ -508,7 +417,7 @@ def _task_json(parent: str, parent_json: dict, task: Task, labels: TaskLabels, f
                  "labels": labels.labels, "numTraining": len(cases)}
     if labels.regions_class_order is not None:
         task_json["regions_class_order"] = labels.regions_class_order
-    task_json["nnunet_transplant"] = {
+    task_json[RECORD] = {
         "parent": parent, "parent_labels": parent_json["labels"],
         "parent_regions_class_order": parent_json.get("regions_class_order"), "classes": task.classes}
     task_json["dataset"] = {

@@ -8,15 +8,13 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_transplant.data.task_dataset import (
     choose_cases,
-    foreground_values,
-    has_regions,
     new_splits,
     parse_task,
     remap_labels,
     splits_of_cases,
-    task_labels,
 )
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.labels import foreground_values, has_regions, task_labels
 
 ORGANS = {"background": 0, "liver": 1, "left_kidney": 2, "right_kidney": 3, "spleen": 4, "C1-C7": 5, "2": 6,
           "GTV+CTV": 7, "ignore": 8}

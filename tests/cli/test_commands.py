@@ -1,0 +1,120 @@
+"""The commands as a user meets them: help with an example, and one clear line with a non-zero exit for bad input."""
+import importlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from factory import base_network, run_command, small_plans, write_model
+
+COMMANDS = ("trainers", "split_tasks", "merge", "predict", "evaluate", "demo")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """A command in this process: exit status, stdout, stderr."""
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"nnunet_transplant_{name}", *map(str, arguments)])
+        try:
+            importlib.import_module(f"nnunet_transplant.cli.{name}").main()
+            status = 0
+        except SystemExit as leave:
+            status = leave.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+    return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name: str, run: Callable) -> None:
+    status, out, _ = run(name, "-h")
+    assert status == 0
+    assert "example:" in out and f"nnunet_transplant_{name}" in out.partition("example:")[2]
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    base = base_network()
+    return [write_model(tmp_path / name, {"background": 0, name: 1}, base=base, seed=i) for i, name in enumerate("AB")]
+
+
+def test_merge_says_what_it_wrote(tmp_path: Path, models: list[Path], run: Callable) -> None:
+    status, out, err = run("merge", "-m", *models, "-o", tmp_path / "merged", "-method", "ties", "-density", "0.5",
+                           "-lambda", "0.8", "-weights", "1", "2")
+    assert (status, err) == (0, "")
+    assert f"wrote {tmp_path / 'merged'} (fold_all)" in out and "structures: A, B" in out
+    status, _, _ = run("merge", "-m", *models, "-o", tmp_path / "numbered", "-out_fold", 0)
+    assert status == 0
+    assert (tmp_path / "numbered" / "fold_0" / "checkpoint_final.pth").exists()
+
+
+BAD = {
+    "unknown method": (["-method", "magic"], "no merging method 'magic'"),
+    "weights that do not sum to 1": (["-weights", "0.5", "0.6"], "must sum to 1"),
+    "too few weights": (["-weights", "1"], "1 numbers for 2 models"),
+    "parameter of another method": (["-density", "0.5"], "has no -density"),
+    "missing fold": (["-f", "3"], "there is no checkpoint"),
+    "missing base": (["-base", "/nowhere", "-method", "ties"], "there is no model folder"),
+    "two names for one fold": (["--per_fold", "-out_fold", "1"], "-out_fold"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_merge_refuses_in_one_line(tmp_path: Path, models: list[Path], run: Callable, name: str) -> None:
+    arguments, message = BAD[name]
+    status, _, err = run("merge", "-m", *models, "-o", tmp_path / "merged", *arguments)
+    assert status == 1
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["A", "B"]
+
+
+def test_merge_never_overwrites_what_it_reads(tmp_path: Path, models: list[Path], run: Callable) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for output in (models[0], tmp_path, models[0] / "fold_0"):
+        status, _, err = run("merge", "-m", *models, "-o", output, "--overwrite")
+        assert status == 1 and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_predict_refuses_in_one_line(tmp_path: Path, models: list[Path], run: Callable) -> None:
+    (tmp_path / "images").mkdir()
+    output = tmp_path / "out"
+    for arguments, message in [
+            (["-i", tmp_path / "nowhere"], "there is no folder"),
+            (["-i", tmp_path / "images"], "has no image CASE_0000.nii.gz"),
+            (["-i", tmp_path / "images", "-step_size", "2"], "-step_size"),
+            (["-i", tmp_path / "images", "-part_id", "2"], "-part_id"),
+            (["-i", tmp_path / "images", "-device", "tpu"], "-device must be")]:
+        status, _, err = run("predict", "-m", *models, "-o", output, "-device", "cpu", *arguments)
+        assert status == 1 and message in err and err.count("\n") == 1
+        assert not output.exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """A file size limit stands in for the disk: the kernel refuses the write in the middle of the checkpoint."""
+    plans = small_plans()
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [32, 64, 128]
+    model = write_model(tmp_path / "model", plans=plans)
+    program = Path(sys.executable).with_name("nnunet_transplant_merge")
+    done = subprocess.run(
+        [program, "-m", model, "-o", tmp_path / "merged"], capture_output=True, text=True, env=dict(os.environ),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "nnunet_transplant_merge: error:" in done.stderr
+    assert "File too large" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+def test_the_installed_command_refuses_code_in_a_pickle(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    path = model / "fold_0" / "checkpoint_final.pth"
+    torch.save(torch.load(path, weights_only=False) | {"more": print}, path)
+    done = run_command("nnunet_transplant_merge", "-m", model, "-o", tmp_path / "merged", expect=1)
+    assert "print, which can run code" in done.stderr
+    assert done.stderr.count("\n") == 1

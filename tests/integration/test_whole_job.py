@@ -1,0 +1,142 @@
+"""Pre-train, split, fine-tune, merge, predict, evaluate: the real commands, for each of nnU-Net's kinds of labels."""
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+from factory import run_command
+
+from nnunet_transplant.data.phantom import write_phantom_dataset
+from nnunet_transplant.environment import ext_trainer_value
+
+pytestmark = pytest.mark.slow
+
+TRAINER = "1epochs_2iterations"
+# kind of labels -> tasks of two structures each that together are more than one task's structures
+TASKS = {"plain": ["Solid=Liver,Spleen", "Both=Kidney+Aorta"],
+         "ignore": ["Solid=Liver,Spleen", "Both=Kidney+Aorta"],
+         "regions": ["All=AllOrgans", "Inner=SolidOrgans+Kidney"],
+         "regions_ignore": ["All=AllOrgans", "Inner=SolidOrgans+Kidney"]}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("job")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raw", "preprocessed", "results"):
+            (root / name).mkdir()
+            patch.setenv(f"nnUNet_{name}", str(root / name))
+        patch.setenv("nnUNet_extTrainer", ext_trainer_value())
+        patch.setenv("nnUNet_n_proc_DA", "1")
+        patch.setenv("nnUNet_def_n_proc", "1")
+        yield root
+
+
+def write_parent(root: Path, number: int, kind: str) -> None:
+    """A planned and preprocessed phantom dataset, with a network that trains in no time."""
+    name = f"Dataset{number}_Phantom"
+    write_phantom_dataset(root / "raw" / name, 5, "A", seed=number, labels=kind, shape=(20, 24, 32))
+    run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
+    path = root / "preprocessed" / name / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration |= {"batch_size": 2, "patch_size": [16, 16, 16]}
+    configuration["architecture"]["arch_kwargs"] |= {
+        "n_stages": 3, "features_per_stage": [4, 8, 16], "kernel_sizes": [[3] * 3] * 3,
+        "strides": [[1] * 3, [2] * 3, [2] * 3], "n_conv_per_stage": [1] * 3, "n_conv_per_stage_decoder": [1] * 2}
+    path.write_text(json.dumps(plans))
+
+
+def model_folder(root: Path, dataset: str, trainer: str) -> Path:
+    return root / "results" / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
+
+
+def train(number: int, trainer: str, *more: object) -> None:
+    run_command("nnUNetv2_train", number, "3d_fullres", 0, "-tr", trainer, "-device", "cpu", *more)
+
+
+def predict_without_this_package(*arguments: object) -> None:
+    """Stock nnUNetv2_predict_from_modelfolder where `import nnunet_transplant` fails and no extra trainers are set."""
+    code = ("import sys; sys.modules['nnunet_transplant'] = None\n"
+            "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder\n"
+            "if __name__ == '__main__': predict_entry_point_modelfolder()")
+    environment = {name: value for name, value in os.environ.items() if name != "nnUNet_extTrainer"}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def voxels(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+            for path in sorted(folder.glob("*.nii.gz"))}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_whole_job(root: Path, kind: str) -> None:
+    number = 801 + 10 * list(TASKS).index(kind)
+    stable, task = f"nnUNetTrainerStable_{TRAINER}", f"nnUNetTrainerTaskVector_{TRAINER}"
+    write_parent(root, number, kind)
+    train(number, stable)
+    run_command("nnunet_transplant_split_tasks", "-d", number, "-tasks", *TASKS[kind],
+                "-ids", number + 1, number + 2, "-np", 1)
+    base = model_folder(root, f"Dataset{number}_Phantom", stable) / "fold_0" / "checkpoint_final.pth"
+    experts = []
+    for i, text in enumerate(TASKS[kind], 1):
+        train(number + i, task, "-pretrained_weights", base)
+        experts.append(model_folder(root, f"Dataset{number + i}_{text.partition('=')[0]}", task))
+
+    merged = root / f"merged_{kind}"
+    run_command("nnunet_transplant_merge", "-m", *experts, "-f", 0, "-o", merged, "-method", "ties")
+    dataset = json.loads((merged / "dataset.json").read_text())
+    structures = {"plain": ["Solid", "Kidney", "Aorta"], "regions": ["All", "SolidOrgans", "Kidney"]}
+    assert [name for name in dataset["labels"] if name not in ("background", "ignore")] == \
+        structures[kind.removesuffix("_ignore") if kind != "ignore" else "plain"]
+    assert ("ignore" in dataset["labels"]) == ("ignore" in kind)
+
+    images = root / "raw" / f"Dataset{number}_Phantom" / "imagesTr"
+    few = root / f"images_{kind}"
+    few.mkdir()
+    for path in sorted(images.iterdir())[:2]:
+        (few / path.name).symlink_to(path)
+    run_command("nnunet_transplant_predict", "-i", few, "-o", root / f"ours_{kind}", "-m", merged, "-device", "cpu",
+                "-npp", 0, "-nps", 0)
+    run_command("nnunet_transplant_predict", "-i", few, "-o", root / f"fly_{kind}", "-m", *experts, "-f", 0,
+                "-method", "ties", "-device", "cpu", "-npp", 1, "-nps", 1)
+    predict_without_this_package("-i", few, "-o", root / f"stock_{kind}", "-m", merged, "-f", "all", "-device", "cpu",
+                                 "-npp", 1, "-nps", 1)
+    ours, fly, stock = (voxels(root / f"{name}_{kind}") for name in ("ours", "fly", "stock"))
+    assert len(stock) == 2
+    for name, expected in stock.items():
+        np.testing.assert_array_equal(ours[name], expected)
+        np.testing.assert_array_equal(fly[name], expected)
+
+    run_command("nnunet_transplant_evaluate", "-m", merged, experts[0], "-d", number, "-f", 0,
+                "-o", root / f"scores_{kind}", "-device", "cpu")
+    assert len(list((root / f"scores_{kind}").glob("*/summary.json"))) == 2
+
+
+def test_merged_folder_is_exported_installed_and_predicted(root: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into nnUNet_results, out as a zip, into another nnUNet_results, and predicted there by its dataset id."""
+    experts = [model_folder(root, f"Dataset{number}_{name}", f"nnUNetTrainerTaskVector_{TRAINER}")
+               for number, name in ((802, "Solid"), (803, "Both"))]
+    output = root / "results" / "Dataset899_Merged" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    run_command("nnunet_transplant_merge", "-m", *experts, "-o", output)
+    run_command("nnUNetv2_export_model_to_zip", "-d", 899, "-c", "3d_fullres", "-f", "all",
+                "-o", tmp_path / "model.zip")
+    (tmp_path / "results").mkdir()
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    run_command("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
+    run_command("nnUNetv2_predict", "-i", root / "images_plain", "-o", tmp_path / "installed", "-d", 899,
+                "-c", "3d_fullres", "-f", "all", "-device", "cpu", "-npp", 1, "-nps", 1)
+    run_command("nnunet_transplant_predict", "-i", root / "images_plain", "-o", tmp_path / "ours", "-m", output,
+                "-device", "cpu", "-npp", 0, "-nps", 0)
+    ours, installed = voxels(tmp_path / "ours"), voxels(tmp_path / "installed")
+    assert len(ours) == 2
+    for name, expected in installed.items():
+        np.testing.assert_array_equal(ours[name], expected)
