@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK
-from factory import write_model
+import torch
+from factory import small_plans, write_model
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2, load_summary_json
 
 from nnunet_transplant import evaluation
@@ -227,6 +228,13 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def random_model(folder: Path, *labels: object, plans: dict | None = None, **options: object) -> Path:
+    """With the intensity statistics in the plans that preprocessing wants to see."""
+    plans = plans or small_plans()
+    plans["foreground_intensity_properties_per_channel"] = {"0": {"mean": 0.0, "std": 1.0}}
+    return write_model(folder, *labels, plans=plans, **options)
+
+
 def write_volume(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     volume = SimpleITK.GetImageFromArray(array)
@@ -267,7 +275,7 @@ def nnunet_summary(dataset: Path, model_folder: Path, predictions: Path) -> dict
 ])
 def test_summary_is_nnunets_own(dataset: Path, tmp_path: Path, labels: dict, order: list | None) -> None:
     edit_json(dataset / "dataset.json", labels=labels, regions_class_order=order)
-    folder = write_model(tmp_path / "model", labels, order)
+    folder = random_model(tmp_path / "model", labels, order)
     scores = run([folder], tmp_path / "out")
     ours = load_summary_json(str(tmp_path / "out" / "model" / "summary.json"))
     stock = nnunet_summary(dataset, folder, tmp_path / "out" / "model" / "predictions")
@@ -286,12 +294,10 @@ def test_summary_is_nnunets_own(dataset: Path, tmp_path: Path, labels: dict, ord
 def test_models_evaluated_together_score_as_alone(dataset: Path, tmp_path: Path) -> None:
     """Also where they share preprocessing (the first two) and where one is an ensemble; all cases, by id."""
     labels = {"background": 0, "three": 1, "one": 2}
-    models = [write_model(tmp_path / "parent", {"background": 0, "one": 1, "two": 2, "three": 3}),
-              write_model(tmp_path / "task", labels, seed=1, axes=(0, 1)), write_model(tmp_path / "folds", labels, seed=2)]
-    write_model(models[2], labels, seed=3, fold="1")
-    plans = json.loads((models[2] / "plans.json").read_text())
-    plans["configurations"]["3d_fullres"]["spacing"] = [1.5, 1.5, 1.5]
-    write_json(models[2] / "plans.json", plans)
+    models = [random_model(tmp_path / "parent", {"background": 0, "one": 1, "two": 2, "three": 3}),
+              random_model(tmp_path / "task", labels, seed=1, axes=(0, 1)),
+              random_model(tmp_path / "folds", labels, seed=2, plans=small_plans(spacing=1.5))]
+    random_model(models[2], labels, seed=3, fold="1", plans=small_plans(spacing=1.5))
     models.append(models[2] / "fold_1" / "checkpoint_final.pth")
     together = run(models, tmp_path / "out", fold="all")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -306,8 +312,8 @@ def test_models_evaluated_together_score_as_alone(dataset: Path, tmp_path: Path)
 
 
 def test_what_the_dataset_does_not_have_is_noted(dataset: Path, tmp_path: Path) -> None:
-    models = [write_model(tmp_path / "first", {"background": 0, "one": 1, "heart": 2, "lung": 3}),
-              write_model(tmp_path / "second", {"background": 0, "two": 1})]
+    models = [random_model(tmp_path / "first", {"background": 0, "one": 1, "heart": 2, "lung": 3}),
+              random_model(tmp_path / "second", {"background": 0, "two": 1})]
     scores = run(models, tmp_path / "out")
     assert set(zip(scores["model"], scores["structure"], strict=True)) == {("first", "one"), ("second", "two")}
     text = (tmp_path / "out" / "table.txt").read_text()
@@ -318,7 +324,7 @@ def test_what_the_dataset_does_not_have_is_noted(dataset: Path, tmp_path: Path) 
 
 
 def test_two_structures_of_the_same_labels_both_have_scores(dataset: Path, tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", {"background": 0, "mine": 1, "yours": 2},
+    folder = random_model(tmp_path / "model", {"background": 0, "mine": 1, "yours": 2},
                          nnunet_transplant={"classes": {"mine": ["two"], "yours": ["two"]}})
     scores = run([folder], tmp_path / "out")
     assert list(scores["structure"].unique()) == ["two", "two (yours)"]
@@ -334,12 +340,12 @@ def test_images_by_a_dataset_entry(dataset: Path, tmp_path: Path) -> None:
     edit_json(dataset / "dataset.json", dataset={
         case: {"images": [str(tmp_path / "images" / f"{case}_0000.nii.gz")], "label": f"labelsTr/{case}.nii.gz"}
         for case in "abc"})
-    scores = run([write_model(tmp_path / "model")], tmp_path / "out", fold="all")
+    scores = run([random_model(tmp_path / "model")], tmp_path / "out", fold="all")
     assert list(scores["case"].unique()) == ["a", "b", "c"]
 
 
 def test_another_file_ending_of_the_same_reader(dataset: Path, tmp_path: Path) -> None:
-    first = run([write_model(tmp_path / "model")], tmp_path / "out")
+    first = run([random_model(tmp_path / "model")], tmp_path / "out")
     for path in dataset.glob("*Tr/*.nii.gz"):
         SimpleITK.WriteImage(SimpleITK.ReadImage(path), path.with_name(path.name.replace(".nii.gz", ".nrrd")))
         path.unlink()
@@ -387,7 +393,7 @@ ERRORS = {
 def test_errors_are_clear_and_leave_nothing(dataset: Path, tmp_path: Path, name: str) -> None:
     spoil, options, message = ERRORS[name]
     spoil(dataset)
-    folder = write_model(tmp_path / "model")
+    folder = random_model(tmp_path / "model")
     before = set(tmp_path.rglob("*"))
     options = {"dataset": "Dataset700_Small", "device": "cpu", "step_size": 1.0, **options}
     with pytest.raises(TransplantError, match=message) as caught:
@@ -399,31 +405,30 @@ def test_errors_are_clear_and_leave_nothing(dataset: Path, tmp_path: Path, name:
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
 def test_unset_variables(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.delenv(variable)
-    folder = write_model(tmp_path / "model")
+    folder = random_model(tmp_path / "model")
     with pytest.raises(TransplantError, match=f"the environment variable {variable} is not set"):
         run([folder], tmp_path / "out")
 
 
 def test_a_model_that_cannot_read_the_files(dataset: Path, tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
+    folder = random_model(tmp_path / "model")
     edit_json(folder / "plans.json", image_reader_writer="Tiff3DIO")
     with pytest.raises(TransplantError, match=r"reads images with Tiff3DIO, which cannot read the \.nii\.gz files"):
         run([folder], tmp_path / "out")
 
 
 def test_a_second_stage_is_refused(dataset: Path, tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
-    plans = json.loads((folder / "plans.json").read_text())
-    first = plans["configurations"].pop("3d_fullres")
-    plans["configurations"] = {"3d_fullres": first | {"previous_stage": "3d_lowres"}, "3d_lowres": first}
-    write_json(folder / "plans.json", plans)
-    write_model(tmp_path / "cascade", plans=plans)
+    plans = small_plans()
+    first = plans["configurations"]["3d_fullres"]
+    plans["configurations"] = {"3d_fullres": first | {"previous_stage": "3d_lowres"},
+                               "3d_lowres": first | {"next_stage": "3d_fullres"}}
+    random_model(tmp_path / "cascade", plans=plans)
     with pytest.raises(TransplantError, match="cascade is the second stage of a cascade"):
         run([tmp_path / "cascade"], tmp_path / "out")
 
 
 def test_an_output_is_replaced_only_if_it_is_an_evaluation(dataset: Path, tmp_path: Path) -> None:
-    folder, output = write_model(tmp_path / "model"), tmp_path / "out"
+    folder, output = random_model(tmp_path / "model"), tmp_path / "out"
     output.mkdir()
     (output / "notes.txt").write_text("keep")
     with pytest.raises(TransplantError, match="exists already"):
@@ -445,7 +450,7 @@ def test_an_output_is_replaced_only_if_it_is_an_evaluation(dataset: Path, tmp_pa
 
 def test_an_interrupted_evaluation_leaves_the_earlier_one(dataset: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, output = write_model(tmp_path / "model"), tmp_path / "out"
+    folder, output = random_model(tmp_path / "model"), tmp_path / "out"
     run([folder], output)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     calls = itertools.count()
@@ -463,9 +468,8 @@ def test_an_interrupted_evaluation_leaves_the_earlier_one(dataset: Path, tmp_pat
 
 
 def test_overflow_is_explained(dataset: Path, tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
+    folder = random_model(tmp_path / "model")
     checkpoint = folder / "fold_0" / "checkpoint_final.pth"
-    import torch
     content = torch.load(checkpoint, weights_only=False)
     for name, tensor in content["network_weights"].items():
         if "seg_layers" in name:

@@ -70,7 +70,7 @@ def write_dataset(root: Path, plans: dict | None = None, labels: dict | None = N
     (folder / "nnUNetPlans_3d_fullres").mkdir(parents=True, exist_ok=True)
     (folder / "nnUNetPlans_3d_fullres" / "case.b2nd").touch()
     (folder / "dataset_fingerprint.json").write_text("{}")
-    (folder / "nnUNetPlans.json").write_text(json.dumps(plans or small_plans()))
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans or small_plans(patch=8)))
     (folder / "dataset.json").write_text(json.dumps(dataset_json(labels or LABELS, **more)))
 
 

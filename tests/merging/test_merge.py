@@ -292,7 +292,8 @@ def refuse_other_trainer(tmp: Path, base: torch.nn.Module) -> list[Path]:
 
 REFUSED = {
     refuse_other_architecture: "cannot merge; they differ in", refuse_other_spacing: "spacing: [1.0, 1.0, 1.0] | [2.0",
-    refuse_other_base: "theta_0 (SHA-256)", refuse_nan: "holds NaN or Inf in", refuse_label_clash: "'kidney' is left+right",
+    refuse_other_base: "theta_0 (SHA-256)", refuse_nan: "holds NaN or Inf in",
+    refuse_label_clash: "'kidney' is left+right",
     refuse_regions_beside_labels: "has regions, others have plain labels", refuse_truncated: "truncated or damaged",
     refuse_code: "posix.system", refuse_without_plans: "has no plans.json", refuse_broken_plans: "not valid JSON",
     refuse_missing: "there is no model folder", refuse_other_trainer: "does not find the trainer 'nnUNetTrainerOfMine'",
