@@ -1,14 +1,19 @@
 """Every figure of the package."""
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+import SimpleITK
 
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 
-BLUE = "#0072B2"  # from Okabe and Ito's palette for colour-blind readers
+# Okabe and Ito's palette for colour-blind readers
+BLUE = "#0072B2"
+STRUCTURE_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2")
 
 
 def save_inputs_figure(provenance: dict[str, Any], path: Path) -> None:
@@ -23,3 +28,53 @@ def save_inputs_figure(provenance: dict[str, Any], path: Path) -> None:
     axes.set(title=f"Merged by {provenance['method']}", xlabel="weight")
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def save_segmentations_figure(image: Path, panels: Sequence[tuple[str, Path, dict[str, int]]],
+                              structures: Sequence[str], path: Path) -> None:
+    """An image and several segmentations of it side by side, in the axial and the coronal slice with most structure.
+
+    panels: title, segmentation file, and structure -> label value in it. structures: what is drawn, each in one colour
+    in all panels. The first panel (the truth) says which slices are shown.
+    """
+    volume, spacing = _read(image)
+    masks = []
+    for _, file, values in panels:
+        labels, _ = _read(file)
+        masks.append({name: labels == values[name] for name in structures if name in values})
+    foreground = np.any(list(masks[0].values()), axis=0)
+    views = [(axis, int(_kinds(masks[0], axis).argmax())) for axis in (0, 1)]
+    low, high = np.percentile(volume[foreground], [1, 99])
+    margin = 1.5 * (high - low)
+    figure, grid = plt.subplots(2, len(panels) + 1, figsize=(2.3 * (len(panels) + 1), 4.6), layout="constrained")
+    for row, (axis, index) in zip(grid, views, strict=True):
+        in_plane = np.delete(spacing, axis)
+        for column, axes in enumerate(row):
+            # rows of a coronal slice run from foot to head: show the head above
+            axes.imshow(np.take(volume, index, axis), cmap="gray", vmin=low - margin, vmax=high + margin / 2,
+                        origin="lower" if axis else "upper", aspect=in_plane[0] / in_plane[1])
+            axes.set_axis_off()
+            if axis == 0:
+                axes.set_title("image" if column == 0 else panels[column - 1][0], fontsize=9)
+            for i, (name, mask) in enumerate(masks[column - 1].items() if column else ()):
+                colour = STRUCTURE_COLOURS[structures.index(name) % len(STRUCTURE_COLOURS)]
+                part = np.take(mask, index, axis).astype(float)
+                if part.any():
+                    axes.contourf(part, levels=[0.5, 1.5], colors=[colour], alpha=0.55, zorder=2 + i)
+                    axes.contour(part, levels=[0.5], colors=[colour], linewidths=1, zorder=3 + i)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=STRUCTURE_COLOURS[i % len(STRUCTURE_COLOURS)])
+               for i in range(len(structures))]
+    figure.legend(handles, structures, loc="outside lower center", ncols=len(structures), frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _kinds(masks: dict[str, np.ndarray], axis: int) -> np.ndarray:
+    """How much there is to see in each slice: first the number of structures, then the share of each."""
+    areas = np.stack([mask.sum(axis=tuple(other for other in range(3) if other != axis)) for mask in masks.values()])
+    return (areas > 0).sum(0) + (areas / areas.max(1, keepdims=True).clip(1)).mean(0)
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    image = SimpleITK.ReadImage(str(path))
+    return SimpleITK.GetArrayFromImage(image), np.array(image.GetSpacing())[::-1]

@@ -5,7 +5,9 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,6 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer_module
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from torch import nn
@@ -89,7 +90,7 @@ def batch(trainer: nnUNetTrainer, number: int, size: int | None = None, dtype: t
 def injected_dataloaders(trainer: TransplantTrainer) -> tuple[Iterator[dict], Iterator[dict]]:
     """What an uninterrupted run would see from this epoch on."""
     first = trainer.current_epoch * trainer.num_iterations_per_epoch * trainer.num_micro_batches
-    return (batch(trainer, number) for number in itertools.count(first)), (batch(trainer, -1) for _ in itertools.count())
+    return map(partial(batch, trainer), itertools.count(first)), map(partial(batch, trainer), itertools.repeat(-1))
 
 
 def new_trainer(name: str, fold: int = 0, resume: bool = False, pretrained: Path | None = None,
@@ -209,7 +210,8 @@ def test_dropout_takes_whole_channels_behind_the_norms_and_only_in_training(dim:
     norms = {name: module for name, module in network.named_modules()
              if type(module).__name__.startswith("InstanceNorm") and name.endswith(".norm")}
     for name, module in norms.items():  # in front of the dropout: what the norm gives
-        module.register_forward_hook(lambda _, __, output, name=name: outputs.update({f"{name} before": output.clone()}))
+        module.register_forward_hook(
+            lambda _, __, output, name=name: outputs.update({f"{name} before": output.clone()}))
     count = add_channel_dropout(network, p)
     for name, module in norms.items():
         module.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output.clone()}))
@@ -239,7 +241,7 @@ def test_dropout_takes_whole_channels_behind_the_norms_and_only_in_training(dim:
 
 def test_dropout_acts_under_compile_and_names_gain_no_prefix(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net does not compile on a CPU: let it, with a backend that only traces."""
-    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: self.network is None)  # the network, not the loss
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
     compile_network = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network: compile_network(network, backend="eager"))
     trainer = new_trainer("nnUNetTrainerStable_1epochs_1iterations")
@@ -424,7 +426,7 @@ def test_scaled_steps_are_the_unscaled_steps(root: Path, base: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- runs
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -435,7 +437,7 @@ def dies_in_epoch(epoch: int) -> Callable:
 
         def until_killed() -> Iterator[dict]:
             yield from itertools.islice(train, epoch * per_epoch + 1)
-            raise Killed
+            raise KilledError
         return until_killed(), validation
     return get_dataloaders
 
@@ -450,7 +452,7 @@ def test_a_killed_run_resumes_to_bit_equal_weights(root: Path, base: Path, monke
 
     torch.manual_seed(0)
     monkeypatch.setattr(TransplantTrainer, "get_dataloaders", dies_in_epoch(2))
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         new_trainer(name, 1, pretrained=pretrained).run_training()
     monkeypatch.setattr(TransplantTrainer, "get_dataloaders", injected_dataloaders)
     torch.manual_seed(1)  # a new process knows nothing of the old one's random numbers
@@ -636,11 +638,13 @@ def one_process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA:UserWarning")
 @pytest.mark.parametrize("name", ["nnUNetTrainerStable", "nnUNetTrainerTaskVector"])
 def test_under_ddp_gradients_are_exchanged_once_a_step(root, base, monkeypatch, one_process_group, name) -> None:
     """nnU-Net's DDP is for GPUs: its own wrapping, of a network on the CPU, in a group of one process."""
-    monkeypatch.setattr(nnunet_trainer_module, "DDP", lambda network, device_ids: DistributedDataParallel(network))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1, dtype=torch.uint8))
+    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.DDP",
+                        lambda network, device_ids: DistributedDataParallel(network))
+    monkeypatch.setattr("nnunetv2.run.load_pretrained_weights.dist", SimpleNamespace(is_initialized=lambda: False))
     torch.manual_seed(0)
     trainer = get_trainer_from_args(DATASET, "3d_fullres", 0, f"{name}_1epochs_2iterations", device=CPU)
     trainer.device, trainer.grad_scaler = CPU, None
@@ -652,10 +656,10 @@ def test_under_ddp_gradients_are_exchanged_once_a_step(root, base, monkeypatch, 
     assert lowest.requires_grad == ("Stable" in name)
     exchanged = []
 
-    def exchange(_: None, bucket: dist.GradBucket) -> torch.futures.Future:
+    def exchange(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if bucket.is_last():
             exchanged.append(trainer.current_epoch)
-        future: torch.futures.Future = torch.futures.Future()
+        future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 

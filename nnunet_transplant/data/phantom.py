@@ -45,10 +45,10 @@ class Scanner(NamedTuple):
 
 SCANNERS = {
     # portal venous phase, a sharp kernel, slim patients
-    "A": Scanner({"Liver": 108, "Spleen": 122, "Kidney": 168, "Aorta": 190, "cava": 150},
+    "A": Scanner({"Liver": 100, "Spleen": 132, "Kidney": 168, "Aorta": 190, "cava": 150},
                  gain=1.0, offset=0, noise=22, grain=2.0, blur=3.0, size=0.97, fat=13),
     # late arterial phase, a smooth kernel, larger patients
-    "B": Scanner({"Liver": 82, "Spleen": 118, "Kidney": 180, "Aorta": 240, "cava": 95},
+    "B": Scanner({"Liver": 80, "Spleen": 124, "Kidney": 180, "Aorta": 240, "cava": 95},
                  gain=1.06, offset=-14, noise=26, grain=4.5, blur=3.8, size=1.02, fat=23),
 }
 
@@ -150,7 +150,7 @@ def _organs(rng: np.random.Generator, points: np.ndarray) -> dict[str, np.ndarra
     hollow = _ball(p, (-35, 5, -25), (65, 55, 42))  # the underside, where gallbladder and bowel lie
     liver = (right_lobe | left_lobe) & ~hollow
     p = _own(rng, points, (36, 25, 92))
-    spleen = _ball(p, (36, 22, 90), (54, 50, 38)) & ~_ball(p, (36, 2, 62), (80, 44, 34))
+    spleen = _ball(p, (34, 22, 90), (58, 54, 42)) & ~_ball(p, (34, 0, 58), (85, 46, 34))
     kidney = np.zeros_like(liver)
     for side, height in ((-1, -28), (1, -14)):
         p = _own(rng, points, (height, 36, 66 * side))

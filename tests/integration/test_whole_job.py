@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def write_parent(root: Path, number: int, kind: str) -> None:
     """A planned and preprocessed phantom dataset, with a network that trains in no time."""
     name = f"Dataset{number}_Phantom"
-    write_phantom_dataset(root / "raw" / name, 5, "A", seed=number, labels=kind, shape=(20, 24, 32))
+    write_phantom_dataset(root / "raw" / name, 5, "A", seed=number, labels=kind, shape=(24, 28, 36))
     run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
     path = root / "preprocessed" / name / "nnUNetPlans.json"
     plans = json.loads(path.read_text())

@@ -1,0 +1,92 @@
+"""nnunet_transplant_evaluate against nnU-Net's own validation of the same model, and its errors as a user sees them."""
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from factory import run_command
+from nnunetv2.evaluation.evaluate_predictions import load_summary_json
+
+from nnunet_transplant.data.phantom import write_phantom_dataset
+from nnunet_transplant.environment import ext_trainer_value
+
+pytestmark = pytest.mark.slow
+
+TRAINER = "nnUNetTrainerStable_1epochs_2iterations"
+NUMBERS = {"plain": 811, "regions_ignore": 812}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Kind of labels -> a model folder whose fold 0 nnU-Net trained for a moment and validated."""
+    root = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raw", "preprocessed", "results"):
+            (root / name).mkdir()
+            patch.setenv(f"nnUNet_{name}", str(root / name))
+        patch.setenv("nnUNet_extTrainer", ext_trainer_value())
+        patch.setenv("nnUNet_n_proc_DA", "1")
+        patch.setenv("nnUNet_def_n_proc", "1")
+        yield {kind: train(root, number, kind) for kind, number in NUMBERS.items()}
+
+
+def train(root: Path, number: int, kind: str) -> Path:
+    name = f"Dataset{number}_Phantom"
+    write_phantom_dataset(root / "raw" / name, 6, "A", seed=number, labels=kind, shape=(24, 28, 36))
+    run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
+    path = root / "preprocessed" / name / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration |= {"batch_size": 2, "patch_size": [16, 16, 16]}
+    configuration["architecture"]["arch_kwargs"] |= {
+        "n_stages": 2, "features_per_stage": [8, 16], "kernel_sizes": [[3] * 3] * 2, "strides": [[1] * 3, [2] * 3],
+        "n_conv_per_stage": [1] * 2, "n_conv_per_stage_decoder": [1]}
+    path.write_text(json.dumps(plans))
+    run_command("nnUNetv2_train", number, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
+    return root / "results" / name / f"{TRAINER}__nnUNetPlans__3d_fullres"
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_dice_is_that_of_nnunets_validation(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """Same model, same cases: once from the preprocessed data and once from the raw images."""
+    done = run_command("nnunet_transplant_evaluate", "-m", models[kind], "-d", NUMBERS[kind], "-f", 0,
+                       "-o", tmp_path / "out", "-device", "cpu")
+    label = f"Dataset{NUMBERS[kind]}_Phantom__{TRAINER}"
+    ours = load_summary_json(str(tmp_path / "out" / label / "summary.json"))
+    stock = load_summary_json(str(models[kind] / "fold_0" / "validation" / "summary.json"))
+    assert [Path(case["prediction_file"]).name for case in ours["metric_per_case"]] == [
+        Path(case["prediction_file"]).name for case in stock["metric_per_case"]]
+    for mine, theirs in zip(ours["metric_per_case"], stock["metric_per_case"], strict=True):
+        assert mine["metrics"].keys() == theirs["metrics"].keys()
+        for key, metrics in theirs["metrics"].items():
+            assert mine["metrics"][key] == pytest.approx(metrics, nan_ok=True)
+    assert max(mean["n_pred"] for mean in ours["mean"].values()) > 0  # it did predict something
+    scores = pd.read_csv(tmp_path / "out" / "evaluation.csv")
+    table = (tmp_path / "out" / "table.txt").read_text()
+    for structure, key in ours["structures"].items():
+        mean = ours["mean"][json.loads(key.replace("(", "[").replace(")", "]")) if key.isdigit() else eval(key)]["Dice"]
+        assert scores.loc[scores["structure"] == structure, "dice"].mean() == pytest.approx(mean)
+        assert f"{mean:.4f}" in next(line for line in done.stdout.splitlines() if line.split()[:1] == [structure])
+    assert done.stdout.splitlines()[0] == table.splitlines()[0]
+    assert "nnU-Net" not in done.stdout and "perform_everything_on_device" not in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["-d", "999"], "-d 999: Could not find a dataset with the ID 999"),
+    (["-d", "811", "-f", "5"], "has no fold 5"),
+    (["-d", "811", "-chk", "checkpoint_other.pth"], "checkpoint_other.pth"),
+    (["-d", "811", "-m", "no_such_model"], "there is no model folder no_such_model"),
+    (["-d", "811", "-device", "tpu"], "-device must be cpu, cuda or mps"),
+])
+def test_errors_are_one_line(models: dict[str, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
+    program = Path(sys.executable).with_name("nnunet_transplant_evaluate")
+    done = subprocess.run([program, "-m", models["plain"], "-o", tmp_path / "out", "-device", "cpu", *arguments],
+                          capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and message in done.stderr
+    assert done.stderr.startswith("nnunet_transplant_evaluate: error: ")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,155 @@
+"""nnU-Net's own commands train with our trainers and, without this package, predict with what they trained."""
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from factory import dataset_json, run_command, small_plans
+
+from nnunet_transplant import checkpoint as checkpoints
+from nnunet_transplant.architecture import layout
+from nnunet_transplant.data.phantom import write_phantom_dataset
+from nnunet_transplant.environment import ext_trainer_value
+from nnunet_transplant.task_vector import RECORD, read_theta_0, theta_0_path
+
+pytestmark = pytest.mark.slow
+
+PLAIN, REGIONS = "Dataset811_Plain", "Dataset812_Regions"
+STABLE, PLASTIC, TASK = (f"nnUNetTrainer{name}_1epochs_2iterations" for name in ("Stable", "Plastic", "TaskVector"))
+
+# Stock nnU-Net's command where this package is not installed
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "nnunet_transplant":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotInstalled())
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder
+images, output, *models = sys.argv[1:]
+for number, model in enumerate(models):
+    sys.argv = ["", "-i", images, "-o", f"{output}/{number}", "-m", model, "-f", "0", "-device", "cpu", "-npp", "1",
+                "-nps", "1", "--disable_progress_bar"]
+    predict_entry_point_modelfolder()
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """nnU-Net's three folders with two phantom datasets, preprocessed by nnU-Net's command and planned narrow."""
+    root = tmp_path_factory.mktemp("nnunet")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raw", "preprocessed", "results"):
+            patch.setenv(f"nnUNet_{name}", str(root / name))
+        for name, value in {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE",
+                            "nnUNet_extTrainer": ext_trainer_value()}.items():
+            patch.setenv(name, value)
+        write_phantom_dataset(root / "raw" / PLAIN, 6, "A", seed=0, shape=(24, 26, 28))
+        write_phantom_dataset(root / "raw" / REGIONS, 6, "A", seed=6, labels="regions_ignore", shape=(24, 26, 28))
+        run_command("nnUNetv2_plan_and_preprocess", "-d", 811, 812, "-c", "2d", "3d_fullres", "-np", 1, "-npfp", 1)
+        for dataset in (PLAIN, REGIONS):
+            write_narrow_plans(root / "preprocessed" / dataset)
+        yield root
+
+
+def write_narrow_plans(folder: Path) -> None:
+    """nnU-Net's plans with a tiny network, patch and batch, and the same with residual encoders."""
+    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    for name, residual in (("nnUNetPlans", False), ("ResEnc", True)):
+        plans["plans_name"] = name
+        for dim, configuration in ((2, "2d"), (3, "3d_fullres")):
+            narrow = small_plans(dim, residual)["configurations"][configuration]
+            plans["configurations"][configuration] |= {key: narrow[key] for key in (
+                "architecture", "patch_size", "batch_size")}
+        plans["configurations"]["3d_lowres"] = {"inherits_from": "3d_fullres"}
+        (folder / f"{name}.json").write_text(json.dumps(plans))
+
+
+def train(dataset: str, configuration: str, trainer: str, *args: object, plans: str = "nnUNetPlans") -> Path:
+    run_command("nnUNetv2_train", dataset, configuration, 0, "-tr", trainer, "-p", plans, "-device", "cpu", *args)
+    return Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{plans}__{configuration}"
+
+
+def final(folder: Path) -> Path:
+    return folder / "fold_0" / "checkpoint_final.pth"
+
+
+@pytest.fixture(scope="module")
+def models(root: Path) -> dict[str, Path]:
+    """All three trainers in 3D; one of them in a configuration of another name."""
+    stable = train(PLAIN, "3d_fullres", STABLE)
+    return {"Stable": stable, "Plastic": train(PLAIN, "3d_lowres", PLASTIC),
+            "TaskVector": train(PLAIN, "3d_fullres", TASK, "-pretrained_weights", final(stable))}
+
+
+def assert_trained(folder: Path, trainer: str, base: Path | None = None) -> None:
+    checkpoint = checkpoints.read(final(folder))
+    assert (checkpoint["trainer_name"], checkpoint[RECORD]["trainer"]) == ("nnUNetTrainer", trainer)
+    assert checkpoint["current_epoch"] == 1
+    summary = json.loads((folder / "fold_0" / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint["network_weights"].values())
+    if base is not None:
+        theta_0 = read_theta_0(theta_0_path(folder, checkpoint[RECORD]["theta_0"]))
+        before = checkpoints.read(final(base))["network_weights"]
+        assert all(torch.equal(theta_0[name], before[name]) for name in theta_0)
+        assert any(not torch.equal(theta_0[name], checkpoint["network_weights"][name]) for name in theta_0)
+
+
+def test_three_trainers_in_3d(models: dict[str, Path]) -> None:
+    assert_trained(models["Stable"], STABLE)
+    assert_trained(models["Plastic"], PLASTIC)
+    assert_trained(models["TaskVector"], TASK, models["Stable"])
+
+
+def test_stock_nnunet_predicts_without_this_package(root: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """The validation cases come out as at the end of the training: in evaluation nothing of the trainers is left."""
+    cases = sorted(path.name for path in (models["Stable"] / "fold_0" / "validation").glob("*.nii.gz"))
+    (tmp_path / "images").mkdir()
+    for case in cases:
+        image = case.replace(".nii.gz", "_0000.nii.gz")
+        (tmp_path / "images" / image).symlink_to(root / "raw" / PLAIN / "imagesTr" / image)
+    environment = {key: value for key, value in os.environ.items() if key != "nnUNet_extTrainer"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE, tmp_path / "images", tmp_path / "out",
+                           *models.values()], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for number, folder in enumerate(models.values()):
+        for case in cases:
+            ours, stock = (SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(path / case)) for path in (
+                folder / "fold_0" / "validation", tmp_path / "out" / str(number)))
+            assert np.array_equal(ours, stock), (folder, case)
+
+
+def test_continuing_a_finished_run_changes_no_weight(models: dict[str, Path]) -> None:
+    before = final(models["TaskVector"]).read_bytes()
+    train(PLAIN, "3d_fullres", TASK, "--c")
+    assert final(models["TaskVector"]).read_bytes() == before
+
+
+def test_regions_and_ignore_label_in_2d(root: Path) -> None:
+    stable = train(REGIONS, "2d", STABLE)
+    assert_trained(stable, STABLE)
+    assert_trained(train(REGIONS, "2d", TASK, "-pretrained_weights", final(stable)), TASK, stable)
+
+
+def test_residual_encoders(root: Path) -> None:
+    stable = train(PLAIN, "3d_fullres", STABLE, plans="ResEnc")
+    assert_trained(stable, STABLE)
+    task = train(PLAIN, "3d_fullres", TASK, "-pretrained_weights", final(stable), plans="ResEnc")
+    assert_trained(task, TASK, stable)
+    dataset = dataset_json(json.loads((task / "dataset.json").read_text())["labels"])
+    expected = layout(json.loads((task / "plans.json").read_text()), "3d_fullres", dataset)
+    assert list(checkpoints.read(final(task))["network_weights"]) == list(expected.shapes)
+
+
+def test_a_missing_base_stops_the_command(root: Path) -> None:
+    for args in ((), ("--c",)):
+        run_command("nnUNetv2_train", PLAIN, "3d_fullres", 1, "-tr", TASK, "-device", "cpu", *args, expect=1)
