@@ -113,9 +113,7 @@ def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
     whole, the other gets a TransplantError. What a killed process left of the same target is cleared away first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not _is_running(left):
-            _remove(left)
+    _clear_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
     try:
@@ -133,6 +131,17 @@ def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
     finally:
         _remove(temporary)
         _remove(old)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside a target; what one had already moved aside to replace comes back."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if _is_running(left):
+            continue
+        if left.name.startswith(f".{path.name}.old.") and not path.exists():
+            os.rename(left, path)
+        else:
+            _remove(left)
 
 
 def _is_running(temporary: Path) -> bool:

@@ -83,6 +83,7 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
     output: gets, for each model, predictions/ and nnU-Net's summary.json, and for all evaluation.csv and table.txt; it
         appears whole or not at all. overwrite replaces an earlier evaluation.
     device, step_size (of the sliding window, in patches), mirroring: as nnUNetv2_predict has them.
+    trust: load checkpoints that ask for more than weights; they can run code.
 
     Returns a row for each model, structure and case, as in evaluation.csv: columns model, structure, case, dice.
     dice is NaN where neither reference nor prediction has the structure, so that means leave such cases out.
@@ -334,7 +335,7 @@ def _predict_and_score(contenders: Sequence[_Contender], cases: Cases, folder: P
     """For each model nnU-Net's metric_per_case, in the order of the cases. Predictions are written to folder, which is
     going to be output.
 
-    One process and no pool: starting nnU-Net's costs more than it brings for a fold's cases. Case by case, so that
+    In one process: to start nnU-Net's pools takes longer than to predict a few small cases. Case by case, so that
     models with the same preprocessing share it.
     """
     scores: dict[str, list[dict[str, Any]]] = {contender.label: [] for contender in contenders}

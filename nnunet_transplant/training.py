@@ -331,7 +331,7 @@ class TaskVectorTrainer(TransplantTrainer):
                 f"{type(self).__name__} fine-tunes a base, but the weights are still random: start it with "
                 "-pretrained_weights CHECKPOINT (--c continues only where a checkpoint of this trainer exists)")
         path = theta_0_path(Path(self.output_folder_base), self.theta_0_sha256)
-        if self.local_rank == 0 and not path.exists():
+        if self.local_rank == 0 and not self.disable_checkpointing and not path.exists():
             write_theta_0(theta_0, path)
         self._freeze(theta_0)
 
