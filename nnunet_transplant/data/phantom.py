@@ -16,8 +16,8 @@ from scipy.spatial.transform import Rotation
 from nnunet_transplant.errors import TransplantError
 
 ORGANS = {"Liver": 1, "Spleen": 2, "Kidney": 3, "Aorta": 4}
-SHAPE = (32, 40, 48)  # voxels of 7.5 x 7.2 x 8 mm: small enough to learn from on a CPU
-FIELD_OF_VIEW = (240.0, 288.0, 384.0)  # mm, whatever the shape: more voxels are smaller voxels
+SHAPE = (32, 40, 48)  # voxels of 7.5 mm: few enough to learn from on a CPU
+FIELD_OF_VIEW = (240.0, 300.0, 360.0)  # mm, whatever the shape: more voxels are smaller voxels
 
 _REGIONS = {"background": 0, "AllOrgans": [1, 2, 3, 4], "SolidOrgans": [1, 2, 3], "Spleen": 2, "Kidney": 3}
 _IGNORE = {"ignore": len(ORGANS) + 1}
@@ -49,7 +49,7 @@ SCANNERS = {
                  gain=1.0, offset=0, noise=22, grain=2.0, blur=3.0, size=0.97, fat=13),
     # late arterial phase, a smooth kernel, larger patients
     "B": Scanner({"Liver": 80, "Spleen": 124, "Kidney": 180, "Aorta": 240, "cava": 95},
-                 gain=1.06, offset=-14, noise=26, grain=4.5, blur=3.8, size=1.02, fat=23),
+                 gain=1.06, offset=-14, noise=26, grain=4.5, blur=3.8, size=1.0, fat=20),
 }
 
 
