@@ -28,7 +28,7 @@ METHODS = ("average", "ties")
 class DemoSize:
     """How much the demo trains; the tests use a smaller one."""
     cases: int = 20
-    features: int = 8
+    features: int = 16
     variant: str = ""  # of the demo's trainers, such as _1epochs_2iterations
 
 
@@ -100,14 +100,14 @@ def label_values(name: str, experts: dict[str, Path], merged: dict[str, Path]) -
 
 
 def write_small_plans(path: Path, features: int) -> None:
-    """nnU-Net's own plans with a narrower network, whole volumes as patches and a small batch."""
+    """nnU-Net's own plans with a narrower and shallower network, smaller patches and a small batch."""
     plans = json.loads(path.read_text())
     configuration = plans["configurations"]["3d_fullres"]
-    configuration |= {"batch_size": 2, "patch_size": [32, 40, 48]}
+    configuration |= {"batch_size": 4, "patch_size": [24, 32, 32]}
     configuration["architecture"]["arch_kwargs"] |= {
         "n_stages": 4, "features_per_stage": [features * 2 ** stage for stage in range(4)],
         "kernel_sizes": [[3, 3, 3]] * 4, "strides": [[1, 1, 1]] + [[2, 2, 2]] * 3,
-        "n_conv_per_stage": [2] * 4, "n_conv_per_stage_decoder": [2] * 3}
+        "n_conv_per_stage": [1] * 4, "n_conv_per_stage_decoder": [1] * 3}
     path.write_text(json.dumps(plans, indent=4))
 
 

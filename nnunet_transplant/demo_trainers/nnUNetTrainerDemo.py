@@ -5,7 +5,7 @@ from nnunet_transplant.trainers.nnUNetTrainerTaskVector import nnUNetTrainerTask
 class nnUNetTrainerStableDemo(nnUNetTrainerStable):
     """nnUNetTrainerStable with few and large steps, for the demo's small volumes on a CPU."""
     epochs = 10
-    iterations_per_epoch = 60
+    iterations_per_epoch = 50
     learning_rate = 5e-3
     mirroring = False  # left is not right: the liver lies on one side
 
@@ -13,7 +13,7 @@ class nnUNetTrainerStableDemo(nnUNetTrainerStable):
 class nnUNetTrainerTaskVectorDemo(nnUNetTrainerTaskVector):
     """nnUNetTrainerTaskVector with few and large steps, for the demo's small volumes on a CPU."""
     epochs = 10
-    iterations_per_epoch = 12
+    iterations_per_epoch = 15
     learning_rate = 1e-3
     head_learning_rate = 1e-2
     mirroring = False

