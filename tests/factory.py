@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from nnunet_transplant.architecture import build_network, layout
+from nnunet_transplant.checkpoint import tensors_sha256
+from nnunet_transplant.data.phantom import write_phantom_dataset
 from nnunet_transplant.task_vector import theta_0_path, write_theta_0
 
 PLAIN = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
@@ -83,7 +85,6 @@ def write_model(folder: Path, labels: dict | None = None, order: list[int] | Non
                 state[name].copy_(theta_0[name] + step * torch.randn(theta_0[name].shape, generator=generator))
         if record_base:
             (folder / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
-            from nnunet_transplant.checkpoint import tensors_sha256
             sha256 = tensors_sha256(theta_0)
             write_theta_0(theta_0, theta_0_path(folder, sha256))
             record = {"nnunet_transplant": {"trainer": "nnUNetTrainerTaskVector", "theta_0": sha256}}
@@ -101,6 +102,25 @@ def write_model(folder: Path, labels: dict | None = None, order: list[int] | Non
 
 def base_network(labels: dict | None = None, plans: dict | None = None, seed: int = 99) -> torch.nn.Module:
     return random_network(plans or small_plans(), dataset_json(labels or {"background": 0, "all": 1}), seed)
+
+
+def write_planned_phantom(root: Path, number: int, kind: str = "plain", cases: int = 5) -> str:
+    """A raw phantom dataset, preprocessed by nnU-Net's command and planned narrow; returns its name."""
+    name = f"Dataset{number}_Phantom"
+    write_phantom_dataset(root / "raw" / name, cases, "A", seed=number, labels=kind, shape=(24, 28, 36))
+    run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
+    write_narrow_plans(root / "preprocessed" / name / "nnUNetPlans.json", "3d_fullres")
+    return name
+
+
+def write_narrow_plans(path: Path, *configurations: str, residual: bool = False) -> None:
+    """nnU-Net's own plans with a tiny network, patch and batch."""
+    plans = json.loads(path.read_text())
+    for configuration in configurations:
+        narrow = small_plans(2 if configuration == "2d" else 3, residual)["configurations"][configuration]
+        plans["configurations"][configuration] |= {key: narrow[key] for key in (
+            "architecture", "patch_size", "batch_size")}
+    path.write_text(json.dumps(plans))
 
 
 def run_command(name: str, *args: object, expect: int = 0) -> subprocess.CompletedProcess:

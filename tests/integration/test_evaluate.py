@@ -1,18 +1,13 @@
 """nnunet_transplant_evaluate against nnU-Net's own validation of the same model, and its errors as a user sees them."""
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from factory import run_command
+from factory import run_command, write_planned_phantom
 from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region, load_summary_json
-
-from nnunet_transplant.data.phantom import write_phantom_dataset
-from nnunet_transplant.environment import ext_trainer_value
 
 pytestmark = pytest.mark.slow
 
@@ -21,31 +16,13 @@ NUMBERS = {"plain": 811, "regions_ignore": 812}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def models(nnunet: Path) -> dict[str, Path]:
     """Kind of labels -> a model folder whose fold 0 nnU-Net trained for a moment and validated."""
-    root = tmp_path_factory.mktemp("evaluate")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            (root / name).mkdir()
-            patch.setenv(f"nnUNet_{name}", str(root / name))
-        patch.setenv("nnUNet_extTrainer", ext_trainer_value())
-        patch.setenv("nnUNet_n_proc_DA", "1")
-        patch.setenv("nnUNet_def_n_proc", "1")
-        yield {kind: train(root, number, kind) for kind, number in NUMBERS.items()}
+    return {kind: train(nnunet, number, kind) for kind, number in NUMBERS.items()}
 
 
 def train(root: Path, number: int, kind: str) -> Path:
-    name = f"Dataset{number}_Phantom"
-    write_phantom_dataset(root / "raw" / name, 6, "A", seed=number, labels=kind, shape=(24, 28, 36))
-    run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
-    path = root / "preprocessed" / name / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
-    configuration = plans["configurations"]["3d_fullres"]
-    configuration |= {"batch_size": 2, "patch_size": [16, 16, 16]}
-    configuration["architecture"]["arch_kwargs"] |= {
-        "n_stages": 3, "features_per_stage": [4, 8, 16], "kernel_sizes": [[3] * 3] * 3,
-        "strides": [[1] * 3, [2] * 3, [2] * 3], "n_conv_per_stage": [1] * 3, "n_conv_per_stage_decoder": [1] * 2}
-    path.write_text(json.dumps(plans))
+    name = write_planned_phantom(root, number, kind, cases=6)
     run_command("nnUNetv2_train", number, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
     return root / "results" / name / f"{TRAINER}__nnUNetPlans__3d_fullres"
 

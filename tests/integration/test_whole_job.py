@@ -3,16 +3,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
-from factory import run_command
-
-from nnunet_transplant.data.phantom import write_phantom_dataset
-from nnunet_transplant.environment import ext_trainer_value
+from factory import run_command, write_planned_phantom
 
 pytestmark = pytest.mark.slow
 
@@ -22,34 +18,6 @@ TASKS = {"plain": ["Solid=Liver,Spleen", "Both=Kidney+Aorta"],
          "ignore": ["Solid=Liver,Spleen", "Both=Kidney+Aorta"],
          "regions": ["All=AllOrgans", "Inner=SolidOrgans+Kidney"],
          "regions_ignore": ["All=AllOrgans", "Inner=SolidOrgans+Kidney"]}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("job")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            (root / name).mkdir()
-            patch.setenv(f"nnUNet_{name}", str(root / name))
-        patch.setenv("nnUNet_extTrainer", ext_trainer_value())
-        patch.setenv("nnUNet_n_proc_DA", "1")
-        patch.setenv("nnUNet_def_n_proc", "1")
-        yield root
-
-
-def write_parent(root: Path, number: int, kind: str) -> None:
-    """A planned and preprocessed phantom dataset, with a network that trains in no time."""
-    name = f"Dataset{number}_Phantom"
-    write_phantom_dataset(root / "raw" / name, 5, "A", seed=number, labels=kind, shape=(24, 28, 36))
-    run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
-    path = root / "preprocessed" / name / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
-    configuration = plans["configurations"]["3d_fullres"]
-    configuration |= {"batch_size": 2, "patch_size": [16, 16, 16]}
-    configuration["architecture"]["arch_kwargs"] |= {
-        "n_stages": 3, "features_per_stage": [4, 8, 16], "kernel_sizes": [[3] * 3] * 3,
-        "strides": [[1] * 3, [2] * 3, [2] * 3], "n_conv_per_stage": [1] * 3, "n_conv_per_stage_decoder": [1] * 2}
-    path.write_text(json.dumps(plans))
 
 
 def model_folder(root: Path, dataset: str, trainer: str) -> Path:
@@ -77,20 +45,20 @@ def voxels(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_the_whole_job(root: Path, kind: str) -> None:
+def test_the_whole_job(nnunet: Path, kind: str) -> None:
     number = 801 + 10 * list(TASKS).index(kind)
     stable, task = f"nnUNetTrainerStable_{TRAINER}", f"nnUNetTrainerTaskVector_{TRAINER}"
-    write_parent(root, number, kind)
+    write_planned_phantom(nnunet, number, kind)
     train(number, stable)
     run_command("nnunet_transplant_split_tasks", "-d", number, "-tasks", *TASKS[kind],
                 "-ids", number + 1, number + 2, "-np", 1)
-    base = model_folder(root, f"Dataset{number}_Phantom", stable) / "fold_0" / "checkpoint_final.pth"
+    base = model_folder(nnunet, f"Dataset{number}_Phantom", stable) / "fold_0" / "checkpoint_final.pth"
     experts = []
     for i, text in enumerate(TASKS[kind], 1):
         train(number + i, task, "-pretrained_weights", base)
-        experts.append(model_folder(root, f"Dataset{number + i}_{text.partition('=')[0]}", task))
+        experts.append(model_folder(nnunet, f"Dataset{number + i}_{text.partition('=')[0]}", task))
 
-    merged = root / f"merged_{kind}"
+    merged = nnunet / f"merged_{kind}"
     run_command("nnunet_transplant_merge", "-m", *experts, "-f", 0, "-o", merged, "-method", "ties")
     dataset = json.loads((merged / "dataset.json").read_text())
     structures = {"plain": ["Solid", "Kidney", "Aorta"], "regions": ["All", "SolidOrgans", "Kidney"]}
@@ -98,43 +66,43 @@ def test_the_whole_job(root: Path, kind: str) -> None:
         structures[kind.removesuffix("_ignore") if kind != "ignore" else "plain"]
     assert ("ignore" in dataset["labels"]) == ("ignore" in kind)
 
-    images = root / "raw" / f"Dataset{number}_Phantom" / "imagesTr"
-    few = root / f"images_{kind}"
+    images = nnunet / "raw" / f"Dataset{number}_Phantom" / "imagesTr"
+    few = nnunet / f"images_{kind}"
     few.mkdir()
     for path in sorted(images.iterdir())[:2]:
         (few / path.name).symlink_to(path)
-    run_command("nnunet_transplant_predict", "-i", few, "-o", root / f"ours_{kind}", "-m", merged, "-device", "cpu",
+    run_command("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"ours_{kind}", "-m", merged, "-device", "cpu",
                 "-npp", 0, "-nps", 0)
-    run_command("nnunet_transplant_predict", "-i", few, "-o", root / f"fly_{kind}", "-m", *experts, "-f", 0,
+    run_command("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"fly_{kind}", "-m", *experts, "-f", 0,
                 "-method", "ties", "-device", "cpu", "-npp", 1, "-nps", 1)
-    predict_without_this_package("-i", few, "-o", root / f"stock_{kind}", "-m", merged, "-f", "all", "-device", "cpu",
+    predict_without_this_package("-i", few, "-o", nnunet / f"stock_{kind}", "-m", merged, "-f", "all", "-device", "cpu",
                                  "-npp", 1, "-nps", 1)
-    ours, fly, stock = (voxels(root / f"{name}_{kind}") for name in ("ours", "fly", "stock"))
+    ours, fly, stock = (voxels(nnunet / f"{name}_{kind}") for name in ("ours", "fly", "stock"))
     assert len(stock) == 2
     for name, expected in stock.items():
         np.testing.assert_array_equal(ours[name], expected)
         np.testing.assert_array_equal(fly[name], expected)
 
     run_command("nnunet_transplant_evaluate", "-m", merged, experts[0], "-d", number, "-f", 0,
-                "-o", root / f"scores_{kind}", "-device", "cpu")
-    assert len(list((root / f"scores_{kind}").glob("*/summary.json"))) == 2
+                "-o", nnunet / f"scores_{kind}", "-device", "cpu")
+    assert len(list((nnunet / f"scores_{kind}").glob("*/summary.json"))) == 2
 
 
-def test_merged_folder_is_exported_installed_and_predicted(root: Path, tmp_path: Path,
+def test_merged_folder_is_exported_installed_and_predicted(nnunet: Path, tmp_path: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """Into nnUNet_results, out as a zip, into another nnUNet_results, and predicted there by its dataset id."""
-    experts = [model_folder(root, f"Dataset{number}_{name}", f"nnUNetTrainerTaskVector_{TRAINER}")
+    experts = [model_folder(nnunet, f"Dataset{number}_{name}", f"nnUNetTrainerTaskVector_{TRAINER}")
                for number, name in ((802, "Solid"), (803, "Both"))]
-    output = root / "results" / "Dataset899_Merged" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    output = nnunet / "results" / "Dataset899_Merged" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
     run_command("nnunet_transplant_merge", "-m", *experts, "-o", output)
     run_command("nnUNetv2_export_model_to_zip", "-d", 899, "-c", "3d_fullres", "-f", "all",
                 "-o", tmp_path / "model.zip")
     (tmp_path / "results").mkdir()
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     run_command("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
-    run_command("nnUNetv2_predict", "-i", root / "images_plain", "-o", tmp_path / "installed", "-d", 899,
+    run_command("nnUNetv2_predict", "-i", nnunet / "images_plain", "-o", tmp_path / "installed", "-d", 899,
                 "-c", "3d_fullres", "-f", "all", "-device", "cpu", "-npp", 1, "-nps", 1)
-    run_command("nnunet_transplant_predict", "-i", root / "images_plain", "-o", tmp_path / "ours", "-m", output,
+    run_command("nnunet_transplant_predict", "-i", nnunet / "images_plain", "-o", tmp_path / "ours", "-m", output,
                 "-device", "cpu", "-npp", 0, "-nps", 0)
     ours, installed = voxels(tmp_path / "ours"), voxels(tmp_path / "installed")
     assert len(ours) == 2

@@ -1,0 +1,20 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nnunet_transplant.environment import ext_trainer_value
+
+
+@pytest.fixture(scope="module")
+def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with nnU-Net's three folders, and the environment that commands started by tests run in."""
+    root = tmp_path_factory.mktemp("nnunet")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raw", "preprocessed", "results"):
+            (root / name).mkdir()
+            patch.setenv(f"nnUNet_{name}", str(root / name))
+        for name, value in {"nnUNet_extTrainer": ext_trainer_value(), "nnUNet_n_proc_DA": "1",
+                            "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}.items():
+            patch.setenv(name, value)
+        yield root
