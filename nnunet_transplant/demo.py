@@ -82,9 +82,9 @@ def score(steps: "Steps", experts: dict[str, Path], merged: dict[str, Path]) -> 
     table.to_csv(steps.output / "dice.csv")
     case = scores["case"].iloc[0]
     predictions = {name: folder / label / "predictions" / f"{case}.nii.gz" for label, name in names.items()}
-    shown = {"LiverSpleen": "expert", "KidneyAorta": "expert", **dict.fromkeys(METHODS, "merged"), "Joint": "joint"}
-    panels = [(f"{kind}: {name}", predictions[name], label_values(name, experts, merged))
-              for name, kind in shown.items()]
+    titles = {"LiverSpleen": "expert: liver, spleen", "KidneyAorta": "expert: kidney, aorta",
+              **{method: f"merged: {method}" for method in METHODS}, "Joint": "trained jointly"}
+    panels = [(title, predictions[name], label_values(name, experts, merged)) for name, title in titles.items()]
     save_segmentations_figure(
         steps.raw / PARENT / "imagesTr" / f"{case}_0000.nii.gz",
         [("truth", steps.raw / PARENT / "labelsTr" / f"{case}.nii.gz", dict(ORGANS)), *panels],

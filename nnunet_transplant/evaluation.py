@@ -232,11 +232,11 @@ def match_structures(model: TrainedModel, cases: Cases) -> tuple[dict[str, list[
     of its own name. A task dataset may be the reference too: its labels count as what they consist of.
     """
     known = foreground_values(cases.dataset_json["labels"])
-    parts = {label: set(origin(cases, label)) for label in known}  # a dataset records them as a model does
+    parts = {label: set(origin(cases.dataset_json, label)) for label in known}  # a dataset records them as a model does
     matches: dict[str, list[str]] = {}
     unknown = []
     for structure in foreground_values(model.dataset_json["labels"]):
-        wanted = set(origin(model, structure))
+        wanted = set(origin(model.dataset_json, structure))
         labels = [label for label in known if parts[label] <= wanted]
         if labels and set().union(*(parts[label] for label in labels)) == wanted:
             matches[structure] = labels

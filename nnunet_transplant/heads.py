@@ -34,9 +34,9 @@ def structures(model: TrainedModel) -> dict[str, int]:
     return {name: values.index(value[0]) for name, value in names.items()}
 
 
-def origin(model: TrainedModel, structure: str) -> list[str]:
+def origin(dataset_json: dict[str, Any], structure: str) -> list[str]:
     """The names of the original dataset's labels that a structure consists of: itself, but for task datasets."""
-    record = model.dataset_json.get(RECORD)
+    record = dataset_json.get(RECORD)
     classes = record.get("classes") if isinstance(record, dict) else None
     names = classes.get(structure) if isinstance(classes, dict) else None
     return list(names) if isinstance(names, list) else [structure]
@@ -81,11 +81,12 @@ def _check_names(models: Sequence[TrainedModel]) -> None:
     meaning: dict[str, tuple[TrainedModel, list[str]]] = {}
     for model in models:
         for name in structures(model):
-            first, parts = meaning.setdefault(name, (model, sorted(origin(model, name))))
-            if parts != sorted(origin(model, name)):
+            first, parts = meaning.setdefault(name, (model, sorted(origin(model.dataset_json, name))))
+            here = sorted(origin(model.dataset_json, name))
+            if parts != here:
                 raise TransplantError(
-                    f"'{name}' is {'+'.join(parts)} in {first.name} but {'+'.join(sorted(origin(model, name)))} in "
-                    f"{model.name}: one label cannot be both. Give one of the tasks another name")
+                    f"'{name}' is {'+'.join(parts)} in {first.name} but {'+'.join(here)} in {model.name}: one label "
+                    "cannot be both. Give one of the tasks another name")
 
 
 def _own_fields(models: Sequence[TrainedModel]) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _region_space(models: Sequence[TrainedModel],
         values = foreground_values(model.dataset_json["labels"])
         for name, value in values.items():
             if name in kept:
-                for part in origin(model, name):
+                for part in origin(model.dataset_json, name):
                     space.setdefault(part, [v + shift for v in value])
         shift += max((v for value in values.values() for v in value), default=0)
     return space, None
@@ -135,7 +136,7 @@ def _record(models: Sequence[TrainedModel], names: list[str]) -> dict[str, Any]:
     records = [model.dataset_json.get(RECORD) for model in models]
     record = {key: records[0][key] for key in ("parent", "parent_labels", "parent_regions_class_order")
               if all(isinstance(other, dict) and key in other and other[key] == records[0][key] for other in records)}
-    return record | {"classes": {name: origin(having[name][0], name) for name in names},
+    return record | {"classes": {name: origin(having[name][0].dataset_json, name) for name in names},
                      "sources": {name: sorted({model.plans.get("dataset_name", model.folder.name)
                                                for model in having[name]}) for name in names}}
 

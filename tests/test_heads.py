@@ -25,8 +25,8 @@ def test_rows_are_nnunets_channels(tmp_path: Path) -> None:
 
 def test_origin(tmp_path: Path) -> None:
     task = model(tmp_path, {"background": 0, "kidney": 1}, nnunet_transplant={"classes": {"kidney": ["l", "r"]}})
-    assert origin(task, "kidney") == ["l", "r"]
-    assert origin(model(tmp_path, {"background": 0, "kidney": 1}), "kidney") == ["kidney"]
+    assert origin(task.dataset_json, "kidney") == ["l", "r"]
+    assert origin({"labels": {"background": 0, "kidney": 1}}, "kidney") == ["kidney"]
 
 
 def test_joined_labels_in_the_order_of_the_models(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every command shares: a parser whose help ends with an example, and one clear line for bad input."""
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namesp
     args = parser.parse_args()
     try:
         work(args)
+    except BrokenPipeError:  # whoever read our output has left: nothing to tell anybody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (TransplantError, OSError) as error:
         _exit(f"{parser.prog}: error: {error}", 1)
     except KeyboardInterrupt:

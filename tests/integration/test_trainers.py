@@ -3,19 +3,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
 import torch
-from factory import run_command, small_plans
+from factory import run_command, write_narrow_plans
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import build_network
 from nnunet_transplant.data.phantom import write_phantom_dataset
-from nnunet_transplant.environment import ext_trainer_value
 from nnunet_transplant.task_vector import RECORD, read_theta_0, theta_0_path
 
 pytestmark = pytest.mark.slow
@@ -43,35 +41,24 @@ for number, model in enumerate(models):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(nnunet: Path) -> Path:
     """nnU-Net's three folders with two phantom datasets, preprocessed by nnU-Net's command and planned narrow."""
-    root = tmp_path_factory.mktemp("nnunet")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            patch.setenv(f"nnUNet_{name}", str(root / name))
-        for name, value in {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE",
-                            "nnUNet_extTrainer": ext_trainer_value()}.items():
-            patch.setenv(name, value)
-        write_phantom_dataset(root / "raw" / PLAIN, 6, "A", seed=0, shape=(24, 26, 28))
-        write_phantom_dataset(root / "raw" / REGIONS, 6, "A", seed=6, labels="regions_ignore", shape=(24, 26, 28))
-        for dataset, configuration in ((PLAIN, "3d_fullres"), (REGIONS, "2d")):
-            number = int(dataset[7:10])
-            run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", 1, "-npfp", 1)
-            write_narrow_plans(root / "preprocessed" / dataset)
-        yield root
+    for dataset, configuration, kind in ((PLAIN, "3d_fullres", "plain"), (REGIONS, "2d", "regions_ignore")):
+        number = int(dataset[7:10])
+        write_phantom_dataset(nnunet / "raw" / dataset, 6, "A", seed=number, labels=kind, shape=(24, 26, 28))
+        run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", 1, "-npfp", 1)
+        write_narrow_plans(nnunet / "preprocessed" / dataset / "nnUNetPlans.json", configuration)
+    add_plans(nnunet / "preprocessed" / PLAIN)
+    return nnunet
 
 
-def write_narrow_plans(folder: Path) -> None:
-    """nnU-Net's plans with a tiny network, patch and batch, and the same with residual encoders."""
+def add_plans(folder: Path) -> None:
+    """A configuration of another name, and plans with residual encoders, on the same preprocessed images."""
     plans = json.loads((folder / "nnUNetPlans.json").read_text())
-    for name, residual in (("nnUNetPlans", False), ("ResEnc", True)):
-        plans["plans_name"] = name
-        for dim, configuration in ((2, "2d"), (3, "3d_fullres")):
-            narrow = small_plans(dim, residual)["configurations"][configuration]
-            plans["configurations"][configuration] |= {key: narrow[key] for key in (
-                "architecture", "patch_size", "batch_size")}
-        plans["configurations"]["3d_lowres"] = {"inherits_from": "3d_fullres"}
-        (folder / f"{name}.json").write_text(json.dumps(plans))
+    plans["configurations"]["3d_lowres"] = {"inherits_from": "3d_fullres"}
+    (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
+    (folder / "ResEnc.json").write_text(json.dumps(plans | {"plans_name": "ResEnc"}))
+    write_narrow_plans(folder / "ResEnc.json", "3d_fullres", residual=True)
 
 
 def train(dataset: str, configuration: str, trainer: str, *args: object, plans: str = "nnUNetPlans") -> Path:
