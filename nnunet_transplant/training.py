@@ -373,7 +373,8 @@ def variants_of(trainer: type[TransplantTrainer]) -> Callable[[str], type[Transp
         match = _VARIANT.fullmatch(name.removeprefix(trainer.__name__)) if name.startswith(trainer.__name__) else None
         if match is None or name == trainer.__name__:
             raise AttributeError(name)
-        changes = {"epochs": int(match["epochs"] or trainer.epochs), "mirroring": not match["mirroring"]}
+        changes = {"epochs": int(match["epochs"] or trainer.epochs),
+                   "mirroring": trainer.mirroring and not match["mirroring"]}
         if match["iterations"]:
             changes["iterations_per_epoch"] = int(match["iterations"])
         return type(name, (trainer,), changes | {"__module__": trainer.__module__, "__doc__": trainer.__doc__})
