@@ -281,9 +281,11 @@ def test_random_state_round_trip_through_a_safe_file(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ steps
 
-def mean_loss(trainer: nnUNetTrainer, loss: Callable = nn.functional.cross_entropy) -> DeepSupervisionWrapper:
-    """Cross entropy at the deep supervision's weights. nnU-Net's own loss sums in float32, whatever its input."""
-    return DeepSupervisionWrapper(lambda output, target: loss(output, target[:, 0]), trainer.loss.weight_factors)
+def mean_loss(trainer: nnUNetTrainer) -> DeepSupervisionWrapper:
+    """Cross entropy at the deep supervision's weights, large enough for gradients to be clipped. nnU-Net's own loss
+    sums in float32, whatever its input."""
+    return DeepSupervisionWrapper(lambda output, target: 100 * nn.functional.cross_entropy(output, target[:, 0]),
+                                  trainer.loss.weight_factors)
 
 
 def in_double(trainer: TransplantTrainer) -> TransplantTrainer:
