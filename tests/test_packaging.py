@@ -33,8 +33,12 @@ def test_nnunet_finds_the_trainers_of_an_installation(tmp_path: Path, editable: 
     python = tmp_path / "venv" / "bin" / "python"
     packages = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], check=True, text=True,
                               capture_output=True).stdout.strip()
-    # plain paths, not their .pth files: an editable install of this package there must stay out of sight
-    Path(packages, "others.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    others = tmp_path / "others"  # all but any installation of this package
+    others.mkdir()
+    for entry in Path(site.getsitepackages()[0]).iterdir():
+        if not entry.name.startswith(("nnunet_transplant", "__editable__")):
+            (others / entry.name).symlink_to(entry)
+    Path(packages, "others.pth").write_text(f"{others}\n")
     before = sorted(Path(packages).iterdir())
     source = copy_of_the_project(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "nnUNet_extTrainer"}

@@ -73,8 +73,9 @@ def test_the_whole_job(nnunet: Path, kind: str) -> None:
         (few / path.name).symlink_to(path)
     run_command("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"ours_{kind}", "-m", merged, "-device", "cpu",
                 "-npp", 0, "-nps", 0)
+    pools = 1 if kind == "plain" else 0  # once with processes, as by default
     run_command("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"fly_{kind}", "-m", *experts, "-f", 0,
-                "-method", "ties", "-device", "cpu", "-npp", 1, "-nps", 1)
+                "-method", "ties", "-device", "cpu", "-npp", pools, "-nps", pools)
     predict_without_this_package("-i", few, "-o", nnunet / f"stock_{kind}", "-m", merged, "-f", "all", "-device", "cpu",
                                  "-npp", 1, "-nps", 1)
     ours, fly, stock = (voxels(nnunet / f"{name}_{kind}") for name in ("ours", "fly", "stock"))
