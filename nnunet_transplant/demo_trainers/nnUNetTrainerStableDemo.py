@@ -3,7 +3,7 @@ from nnunet_transplant.training import variants_of
 
 
 class nnUNetTrainerStableDemo(nnUNetTrainerStable):
-    """nnUNetTrainerStable with few and large steps, for the demo's small volumes on a CPU."""
+    """nnUNetTrainerStable with few and larger steps, for the demo's small volumes on a CPU."""
     epochs = 10
     iterations_per_epoch = 50
     learning_rate = 5e-3
