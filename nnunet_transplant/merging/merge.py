@@ -83,6 +83,7 @@ def merge_models(groups: Sequence[Sequence[TrainedModel]], method: str = "averag
     models = [model for group in groups for model in group]
     each = [weight / len(group) for weight, group in zip(group_weights, groups, strict=True) for _ in group]
     check_mergeable(models)
+    trainer = _common_trainer(models)
     joined = join(models, each)
     if joined.rows is not None:
         for model in models:
@@ -91,18 +92,23 @@ def merge_models(groups: Sequence[Sequence[TrainedModel]], method: str = "averag
     tensors = [model.tensors() for model in models]
     merged = _merge_tensors(chosen, settings, each, models, tensors, theta_0, joined, progress)
     layout = models[0].layout
-    trainers = {model.trainer for model in models if changes_network(model.trainer)}
-    if len(trainers) > 1:
-        raise TransplantError("models whose trainers build networks of their own merge only with their like: "
-                              + ", ".join(sorted(trainer.__name__ for trainer in trainers)))
     fingerprint = models[0].folder / "dataset_fingerprint.json"
     return MergedModel(
         weights={name: merged[layout.canonical[name]] for name in layout.shapes},
         plans=models[0].plans, dataset_json=_dataset_json(models[0], joined),
-        configuration=models[0].configuration, trainer=trainers.pop() if trainers else nnUNetTrainer,
+        configuration=models[0].configuration, trainer=trainer,
         mirroring_axes=_common_axes(models), fingerprint=fingerprint if fingerprint.is_file() else None,
         provenance=_provenance(chosen, settings, each, models, theta_0),
         notes=_notes(chosen, models, tensors))
+
+
+def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:
+    """The trainer that builds the merged network: stock, unless the models' trainer changes the network."""
+    trainers = {model.trainer for model in models if changes_network(model.trainer)}
+    if len(trainers) > 1:
+        raise TransplantError("models whose trainers build networks of their own merge only with their like: "
+                              + ", ".join(sorted(trainer.__name__ for trainer in trainers)))
+    return trainers.pop() if trainers else nnUNetTrainer
 
 
 def _base(method: Method, models: Sequence[TrainedModel],
