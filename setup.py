@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("trainers", "split_tasks", "merge", "predict", "evaluate", "demo")
+COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "demo")
 
 setup(
     name="nnunet_transplant",

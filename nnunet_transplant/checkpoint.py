@@ -1,8 +1,12 @@
 """Read and write nnU-Net checkpoints: safely, lazily, and so that a file is there whole or not at all."""
 import glob
 import hashlib
+import json
 import os
+import pickletools
 import shutil
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,13 +19,39 @@ from safetensors.torch import save_file
 
 from nnunet_transplant.errors import TransplantError
 
-# What the pickles of nnU-Net's own checkpoints name beside tensors and plain Python: NumPy scalars in the training log.
-_NUMPY_SCALARS: list = [
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "bool")},
-    (np.generic.__reduce__(np.float64(0))[0], "numpy._core.multiarray.scalar"),
-    (np.generic.__reduce__(np.float64(0))[0], "numpy.core.multiarray.scalar"),  # files written with NumPy 1
-]
+MOST_TEXT = 16 * 2**20  # bytes of a pickle or of JSON: in memory it takes up to 70 times as many
+DEEPEST = 64            # levels of JSON: Python's own limit is reached at some hundred, in whatever reads it later
+
+
+class _NumpyType:
+    """numpy.dtype in a pickle: types of numbers and no others, which NumPy would make of any size."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+            raise ValueError(code)
+        self.type = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.type = self.type.newbyteorder(state[1])
+
+
+def _numpy_scalar(kind: _NumpyType, data: bytes) -> Any:
+    return np.frombuffer(data, kind.type, count=1)[0]
+
+
+# What the pickles of nnU-Net's checkpoints name: tensors of these types, and the NumPy scalars in the training log.
+# What torch takes for safe is more, and some of it can fill the memory.
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8,
+           torch.int16, torch.int32, torch.int64}
+_NUMPY = [(_NumpyType, "numpy.dtype"), (_numpy_scalar, "numpy._core.multiarray.scalar"),
+          (_numpy_scalar, "numpy.core.multiarray.scalar")]  # the last in files written with NumPy 1
+_NAMES = {
+    *map(str, _DTYPES), *(name for _, name in _NUMPY),
+    *(f"torch.{kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double", "Bool", "Byte", "Char", "Short", "Int",
+                                          "Long")),
+    "torch.storage.UntypedStorage", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.Size",
+    "torch.device", "collections.OrderedDict", "_codecs.encode", "builtins.set", "__builtin__.set", "builtins.complex",
+    "__builtin__.complex"}
 
 
 def read(path: Path, trust: bool = False) -> dict[str, Any]:
@@ -36,40 +66,98 @@ def read(path: Path, trust: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise TransplantError(f"there is no checkpoint {path}")
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
+        unsafe = [] if trust else sorted(_names_in_pickle(path) - _NAMES)
+        if not unsafe:
+            with torch.serialization.safe_globals(_NUMPY), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about files that are refused anyway
+                checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=not trust)
     except Exception as error:
         # Damaged pickles raise nearly anything: RuntimeError, EOFError, KeyError, UnicodeDecodeError, ...
-        unsafe = [] if trust else _unsafe_globals(path)
-        if unsafe:
-            raise TransplantError(
-                f"{path} is refused: beside weights it asks for {', '.join(unsafe)}, which can run code. "
-                "If you trust its origin, pass --trust_checkpoints") from error
         raise TransplantError(f"{path} is not a complete PyTorch checkpoint (truncated or damaged)") from error
-    _check_is_nnunet(checkpoint, path)
-    return checkpoint
+    if unsafe:
+        names = ", ".join(name[:80] for name in unsafe[:5])
+        raise TransplantError(f"{path} is refused: beside weights it asks for {names}, which can run code or fill the "
+                              "memory. If you trust its origin, pass --trust_checkpoints")
+    return _checked(checkpoint, path)
 
 
-def _unsafe_globals(path: Path) -> list[str]:
-    try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:
-        return []
+def _names_in_pickle(path: Path) -> set[str]:
+    """Every function and class that a checkpoint asks for. Raises nearly anything for what is no checkpoint."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    # torch compresses nothing: a small file that unpacks to a large one is made to fill the memory
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("compressed")
+    if any(entry.file_size > MOST_TEXT for entry in entries if "/data/" not in entry.filename):
+        raise ValueError("no pickle of nnU-Net's is so long")
+    with open(path, "rb") as file:
+        pickled = torch._C.PyTorchFileReader(file).get_record("data.pkl")  # the one that torch.load reads
+    names = set()
+    for opcode, value, _ in pickletools.genops(pickled):
+        if opcode.proto > 2:
+            raise ValueError("not written by torch.save")
+        if opcode.name in ("GLOBAL", "INST"):
+            names.add(value.replace(" ", "."))
+    return names
 
 
-def _check_is_nnunet(checkpoint: Any, path: Path) -> None:
+def _checked(checkpoint: Any, path: Path) -> dict[str, Any]:
+    """The checkpoint as plain dictionaries, with weights that a network can have."""
+    def refused(why: str) -> TransplantError:
+        return TransplantError(f"{path} is not an nnU-Net v2 checkpoint: {why}")
+
     if not isinstance(checkpoint, dict):
-        raise TransplantError(f"{path} is not an nnU-Net v2 checkpoint: it holds no dictionary")
+        raise refused("it holds no dictionary")
+    checkpoint = _plain(checkpoint)
     expected = {"network_weights": dict, "init_args": dict, "trainer_name": str}
     for key, kind in expected.items():
         if not isinstance(checkpoint.get(key), kind):
-            raise TransplantError(f"{path} is not an nnU-Net v2 checkpoint: it has no '{key}'")
-    if not isinstance(checkpoint["init_args"].get("configuration"), str):
-        raise TransplantError(f"{path} is not an nnU-Net v2 checkpoint: it does not say its configuration")
-    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
-               for name, tensor in checkpoint["network_weights"].items()):
-        raise TransplantError(f"{path} is not an nnU-Net v2 checkpoint: 'network_weights' holds more than tensors")
+            raise refused(f"it has no '{key}'")
+    if not (checkpoint["trainer_name"].isidentifier() and len(checkpoint["trainer_name"]) < 200):
+        raise refused("its 'trainer_name' is no name of a class")
+    checkpoint["init_args"] = _plain(checkpoint["init_args"])
+    configuration = checkpoint["init_args"].get("configuration")
+    if not (isinstance(configuration, str) and configuration.isprintable() and len(configuration) < 200):
+        raise refused("it does not say its configuration")
+    axes = checkpoint.get("inference_allowed_mirroring_axes") or ()
+    if not (isinstance(axes, (tuple, list)) and all(type(axis) is int and 0 <= axis <= 2 for axis in axes)):
+        raise refused("its 'inference_allowed_mirroring_axes' are no axes of an image")
+    checkpoint["inference_allowed_mirroring_axes"] = tuple(axes) or None
+    checkpoint["network_weights"] = weights = _plain(checkpoint["network_weights"])
+    for name, tensor in weights.items():
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+                and tensor.device.type == "cpu" and tensor.dtype in _DTYPES and not tensor.is_neg()):
+            raise refused("'network_weights' holds more than tensors of plain numbers")
+        weights[name] = tensor.detach() if tensor.requires_grad else tensor
+    # nnU-Net names a tensor up to four times; a few bytes can claim to be a tensor of any size
+    if sum(tensor.numel() * tensor.element_size() for tensor in weights.values()) > 4 * path.stat().st_size:
+        raise refused("its tensors are larger than the file")
+    return checkpoint
+
+
+def _plain(mapping: dict) -> dict:
+    # not mapping.items(): a pickle can give an OrderedDict attributes that hide its methods
+    return dict(dict.items(mapping))
+
+
+def parse_json(text: bytes | str, source: str) -> dict[str, Any]:
+    """A JSON object that is neither too long nor nested too deep for whatever reads or writes it later. Raises
+    TransplantError that names the source."""
+    if len(text) > MOST_TEXT:
+        raise TransplantError(f"{source} is too long: {len(text) >> 20} MB of JSON")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TransplantError(f"{source} is not valid JSON") from error
+    if not isinstance(content, dict):
+        raise TransplantError(f"{source} holds no JSON object")
+    level: list[Any] = [content]
+    for _ in range(DEEPEST):
+        level = [value for node in level if isinstance(node, (dict, list))
+                 for value in (node.values() if isinstance(node, dict) else node)]
+    if level:
+        raise TransplantError(f"{source} is nested too deep")
+    return content
 
 
 def write(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -93,14 +181,16 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata:
                   temporary, metadata=dict(metadata))
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a .safetensors file. Raises TransplantError where it is missing or damaged."""
+def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors (none if not wanted) and metadata of a .safetensors file. Raises TransplantError where it is missing or
+    damaged."""
     if not path.is_file():
         raise TransplantError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             # safetensors' handle is no mapping: its keys() is the only way to its names
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = file.keys() if tensors else []
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise TransplantError(f"{path} is not a complete .safetensors file") from error
 

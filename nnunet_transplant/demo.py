@@ -16,7 +16,7 @@ from nnunet_transplant.data.phantom import ORGANS, write_phantom_dataset
 from nnunet_transplant.environment import ext_trainer_value
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import evaluate
-from nnunet_transplant.merging import merge_folders, write_merge
+from nnunet_transplant.merging import Recipe, merge_folders, write_merge
 from nnunet_transplant.plotting import save_segmentations_figure
 
 BASE, PARENT = "Dataset801_PhantomA", "Dataset802_PhantomB"
@@ -64,7 +64,7 @@ def run_demo(output: Path, size: DemoSize | None = None) -> pd.DataFrame:
     experts = {name: steps.model(f"Dataset{number}_{name}", task) for number, name in enumerate(TASKS, 901)}
     merged = {method: output / f"merged_{method}" for method in METHODS}
     for method, folder in merged.items():
-        write_merge(merge_folders([experts["LiverSpleen"], experts["KidneyAorta"]], method=method), folder)
+        write_merge(merge_folders([experts["LiverSpleen"], experts["KidneyAorta"]], recipe=Recipe(method)), folder)
     return score(steps, experts, merged)
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import (
     compute_tp_fp_fn_tn,
@@ -25,13 +24,12 @@ from nnunetv2.evaluation.evaluate_predictions import (
 )
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
 from nnunet_transplant.checkpoint import atomic_path
+from nnunet_transplant.data.cases import Cases, open_cases, open_splits
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import origin
@@ -44,14 +42,6 @@ Key = int | tuple[int, ...]  # a label or a region of the dataset, as nnU-Net's 
 CSV, TABLE, SUMMARY, PREDICTIONS = "evaluation.csv", "table.txt", "summary.json", "predictions"
 PER_CASE = "\nDice per case\n"  # the line of table.txt below which every case has its rows
 _TERMINAL = 120  # characters; wider tables number the models
-
-
-@dataclass(frozen=True)
-class Cases:
-    """The labelled cases of a raw dataset that models are scored on."""
-    dataset: str
-    dataset_json: dict[str, Any]
-    files: dict[str, dict[str, Any]]  # case -> {"images": one path for each channel, "label": path}
 
 
 class Target(NamedTuple):
@@ -138,46 +128,20 @@ def check_output(output: Path, models: Sequence[Path], overwrite: bool) -> None:
 def find_cases(dataset: str | int, fold: str | int) -> Cases:
     """The validation cases of a fold, or with fold "all" every case of imagesTr. Raises TransplantError where the
     dataset, the fold or a file is not there."""
-    raw = _folder("nnUNet_raw")
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        what = str(error).partition(". ")[0].partition("\n")[0]
-        raise TransplantError(f"-d {dataset}: {what} (give a name such as Dataset004_Hippocampus or its id)") from error
-    if not (raw / name / "dataset.json").is_file():
-        raise TransplantError(f"-d {dataset}: nnUNet_raw has no dataset {name} ({raw / name / 'dataset.json'} is "
-                              "missing); images and labels are read from there")
-    dataset_json = load_json(str(raw / name / "dataset.json"))
-    if "dataset" not in dataset_json and not (raw / name / "imagesTr").is_dir():
-        raise TransplantError(f"{raw / name} has no imagesTr")
-    files = get_filenames_of_train_images_and_targets(str(raw / name), dict(dataset_json))
-    files = {str(case): dict(entry) for case, entry in files.items()}
-    chosen = sorted(files) if str(fold) == "all" else _validation_cases(name, fold)
+    cases = open_cases(dataset)
+    chosen = list(cases.files) if str(fold) == "all" else _validation_cases(cases.dataset, fold)
     if not chosen:
-        raise TransplantError(f"there is no case to evaluate: {name} has none in fold {fold}")
-    for case in chosen:
-        if case not in files:
-            raise TransplantError(f"case {case} of fold {fold} has no images in {raw / name}")
-        missing = [path for path in (*files[case]["images"], files[case]["label"]) if not Path(path).is_file()]
-        if missing:
-            raise TransplantError(f"case {case} of {name}: there is no file {missing[0]}")
-    return Cases(name, dataset_json, {case: files[case] for case in chosen})
-
-
-def _folder(variable: str) -> Path:
-    if not os.environ.get(variable):
-        raise TransplantError(f"the environment variable {variable} is not set (see nnU-Net's setting_up_paths.md)")
-    return Path(os.path.abspath(os.environ[variable]))
+        raise TransplantError(f"there is no case to evaluate: {cases.dataset} has none in fold {fold}")
+    return cases.chosen(chosen)
 
 
 def _validation_cases(dataset: str, fold: str | int) -> list[str]:
     if not str(fold).isdecimal():
         raise TransplantError(f"-f must be the number of a fold or all, not {fold}")
-    splits_file = _folder("nnUNet_preprocessed") / dataset / "splits_final.json"
-    if not splits_file.is_file():
-        raise TransplantError(f"fold {fold} is unknown, there is no {splits_file}: nnU-Net writes it when the first "
-                              "fold is trained. Use -f all for all cases")
-    splits = load_json(str(splits_file))
+    splits = open_splits(dataset)
+    if splits is None:
+        raise TransplantError(f"fold {fold} is unknown, {dataset} has no splits_final.json: nnU-Net writes it when the "
+                              "first fold is trained. Use -f all for all cases")
     if int(fold) >= len(splits):
         raise TransplantError(f"{dataset} has no fold {fold}: its splits_final.json holds folds 0 to {len(splits) - 1}")
     return [str(case) for case in splits[int(fold)]["val"]]

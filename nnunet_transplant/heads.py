@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.labels import foreground_values, task_labels
@@ -26,12 +27,18 @@ class JoinedHeads:
 
 def structures(model: TrainedModel) -> dict[str, int]:
     """Structure -> its row in the model's head, in the order of the labels. Background and ignore are none."""
-    manager = model.labels
-    names = foreground_values(model.dataset_json["labels"])
+    return head_rows(model.plans, model.dataset_json)
+
+
+def head_rows(plans: dict[str, Any], dataset_json: dict[str, Any]) -> dict[str, int]:
+    """As `structures`, for a model that need not be on disk."""
+    manager = PlansManager(plans).get_label_manager(dataset_json)
+    names = foreground_values(dataset_json["labels"])
     if manager.has_regions:
         return {name: row for row, name in enumerate(names)}
-    values = [int(value) for value in manager.all_labels]  # channel i of a softmax head is the i-th smallest label
-    return {name: values.index(value[0]) for name, value in names.items()}
+    # channel i of a softmax head is the i-th smallest label
+    row = {int(value): i for i, value in enumerate(manager.all_labels)}
+    return {name: row[value[0]] for name, value in names.items()}
 
 
 def origin(dataset_json: dict[str, Any], structure: str) -> list[str]:
@@ -132,13 +139,22 @@ def _region_space(models: Sequence[TrainedModel],
 
 def _record(models: Sequence[TrainedModel], names: list[str]) -> dict[str, Any]:
     """Where each structure came from: enough to score the merged model against the original dataset."""
-    having = {name: [model for model in models if name in structures(model)] for name in names}
+    own = [(model, structures(model)) for model in models]
+    having = {name: [model for model, theirs in own if name in theirs] for name in names}
     records = [model.dataset_json.get(RECORD) for model in models]
     record = {key: records[0][key] for key in ("parent", "parent_labels", "parent_regions_class_order")
               if all(isinstance(other, dict) and key in other and other[key] == records[0][key] for other in records)}
     return record | {"classes": {name: origin(having[name][0].dataset_json, name) for name in names},
                      "sources": {name: sorted({model.plans.get("dataset_name", model.folder.name)
                                                for model in having[name]}) for name in names}}
+
+
+def merged_dataset_json(first: TrainedModel, joined: JoinedHeads) -> dict[str, Any]:
+    """The first model's dataset.json with the joined labels, without the paths of patient images."""
+    content = {key: value for key, value in first.dataset_json.items() if key != "dataset"} | joined.fields
+    if content["regions_class_order"] is None:
+        del content["regions_class_order"]
+    return content
 
 
 def shares(weights: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
 """nnU-Net's labels and regions: what the values of a label map mean, and how classes made of them become labels."""
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnunet_transplant.errors import TransplantError
 
@@ -13,6 +13,46 @@ class TaskLabels(NamedTuple):
     labels: dict[str, "int | list[int]"]
     regions_class_order: list[int] | None
     value_map: dict[int, int]
+
+
+def check_dataset_json(dataset_json: Mapping[str, Any], source: str, record_key: str) -> None:
+    """Raise TransplantError that names the source, unless its labels, channels and what this package notes under
+    `record_key` have the form that everything else relies on. What they mean is not checked."""
+    def check(sound: bool, what: str) -> None:
+        if not sound:
+            raise TransplantError(f"{what} in {source} is not as nnU-Net wants it")
+
+    check(_are_labels(dataset_json.get("labels")), "'labels'")
+    check(_is_order(dataset_json.get("regions_class_order"), dataset_json["labels"]), "'regions_class_order'")
+    for key in ("channel_names", "modality"):
+        check(isinstance(dataset_json.get(key, {}), dict), f"'{key}'")
+    record = dataset_json.get(record_key, {})
+    check(isinstance(record, dict), f"'{record_key}'")
+    check(isinstance(record.get("parent", ""), str), f"'parent' of '{record_key}'")
+    classes, parents = record.get("classes", {}), record.get("parent_labels", dataset_json["labels"])
+    check(isinstance(classes, dict) and all(isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+                                            for parts in classes.values()), f"'classes' of '{record_key}'")
+    check(_are_labels(parents), f"'parent_labels' of '{record_key}'")
+    check(_is_order(record.get("parent_regions_class_order"), parents), f"'parent_regions_class_order' of '{record_key}'")
+
+
+def _are_labels(labels: Any) -> bool:
+    return isinstance(labels, dict) and not isinstance(labels.get("ignore"), list) and all(
+        name.isprintable() and (_is_value(value) or isinstance(value, list) and len(value) > 0
+                                and all(map(_is_value, value))) for name, value in labels.items())
+
+
+def _is_value(value: Any) -> bool:
+    try:
+        return 0 <= int(value) == float(value) < 2**31
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _is_order(order: Any, labels: Labels) -> bool:
+    """nnU-Net looks at the order only where there are regions."""
+    return order is None or isinstance(order, list) and all(map(_is_value, order)) and (
+        not has_regions(labels) or len(order) == len(foreground_values(labels)))
 
 
 def has_regions(labels: Labels) -> bool:
@@ -38,9 +78,13 @@ def task_labels(classes: Mapping[str, Sequence[str]], parent_labels: Labels,
     Regions keep the parent's order and `regions_class_order` where each is a region of the parent. Otherwise they are
     ordered large to small (by their number of parent labels), and each writes a label that no smaller one has.
 
-    Raises TransplantError for two classes of the same labels and for a region that holds background.
+    Raises TransplantError for two classes of the same labels, a region that holds background and labels that the parent
+    does not have.
     """
     values = foreground_values(parent_labels)
+    unknown = [label for labels in classes.values() for label in labels if label not in values]
+    if unknown:
+        raise TransplantError(f"There is no label '{unknown[0]}' to make a class of.")
     members = {name: frozenset(value for label in labels for value in values[label])
                for name, labels in classes.items()}
     for name, member in members.items():

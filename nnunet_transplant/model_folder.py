@@ -1,6 +1,6 @@
 """A trained nnU-Net model folder: open it, check that several can merge, write a new one."""
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import Layout, find_trainer, layout
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.task_vector import RECORD, read_theta_0, theta_0_path
+from nnunet_transplant.task_vector import (
+    RECORD,
+    Header,
+    apply_task_vector,
+    read_header,
+    read_theta_0,
+    theta_0_path,
+)
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -69,13 +76,44 @@ class TrainedModel:
         return read_theta_0(path) if path.exists() else None
 
 
+@dataclass(frozen=True)
+class TaskVectorModel(TrainedModel):
+    """A trained model as a task vector file: theta_0 + tau."""
+    header: Header | None = None
+    base: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @property
+    def fold(self) -> str:
+        return self.header.fold
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """In memory: theta_0 + tau, and the heads."""
+        shapes = {name: self.layout.shapes[name] for name in self.layout.names}
+        return apply_task_vector(self.path, self.base, shapes)
+
+    def theta_0(self) -> dict[str, torch.Tensor] | None:
+        return dict(self.base)
+
+
 def open_models(model: Path, folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
-                trust: bool = False) -> list[TrainedModel]:
-    """The folds of a trained model folder, or the one that a checkpoint inside such a folder belongs to.
+                trust: bool = False, theta_0: Mapping[str, torch.Tensor] | None = None) -> list[TrainedModel]:
+    """The folds of a trained model folder, the one that a checkpoint inside such a folder belongs to, or a task vector
+    file as the model it makes of theta_0.
 
     folds: as given to -f; by default every numbered fold that has the checkpoint, else fold_all.
+    theta_0: the base of task vector files; unless given it is looked for beside the file.
     Raises TransplantError for what is no trained nnU-Net model, or lacks a fold.
     """
+    if model.suffix == ".safetensors":
+        return [_open_task_vector(model, theta_0)]
     if model.is_file():
         return [_open(model, trust)]
     if not model.is_dir():
@@ -94,15 +132,8 @@ def _open(path: Path, trust: bool) -> TrainedModel:
     content = checkpoints.read(path, trust)
     configuration = content["init_args"]["configuration"]
     trainer = find_trainer(content["trainer_name"])
-    try:
-        tensors = layout(plans, configuration, dataset_json, trainer)
-    except TransplantError:
-        raise
-    except Exception as error:  # nnU-Net meets missing keys and nonsense with any exception
-        raise TransplantError(f"nnU-Net cannot build the network that {folder / 'plans.json'} describes "
-                              f"({type(error).__name__}: {error})") from error
-    weights = content["network_weights"]
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    tensors = _layout(plans, configuration, dataset_json, trainer, folder / "plans.json")
+    shapes = {name: tuple(tensor.shape) for name, tensor in content["network_weights"].items()}
     if shapes != tensors.shapes:
         odd = sorted(name for name in shapes.keys() | tensors.shapes.keys()
                      if shapes.get(name) != tensors.shapes.get(name))
@@ -112,6 +143,34 @@ def _open(path: Path, trust: bool) -> TrainedModel:
     record = content.get(RECORD)
     return TrainedModel(path, plans, dataset_json, configuration, trainer, tuple(axes) if axes else None,
                         record if isinstance(record, dict) else {}, tensors, trust)
+
+
+def _layout(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: type[nnUNetTrainer],
+            described_in: Path) -> Layout:
+    try:
+        return layout(plans, configuration, dataset_json, trainer)
+    except TransplantError:
+        raise
+    except Exception as error:  # nnU-Net meets missing keys and nonsense with any exception
+        raise TransplantError(f"nnU-Net cannot build the network that {described_in} describes "
+                              f"({type(error).__name__}: {error})") from error
+
+
+def _open_task_vector(path: Path, theta_0: Mapping[str, torch.Tensor] | None) -> TaskVectorModel:
+    header = read_header(path)
+    if theta_0 is None:
+        beside = theta_0_path(path.parent, header.theta_0)
+        if not beside.is_file():
+            raise TransplantError(f"{path} is a task vector: give the base it is to be added to with -base")
+        theta_0 = read_theta_0(beside)
+    if checkpoints.tensors_sha256(theta_0) != header.theta_0:
+        raise TransplantError(f"{path} is a task vector of another base than the one given by -base (it wants theta_0 "
+                              f"with SHA-256 {header.theta_0[:16]}...)")
+    trainer = find_trainer(header.trainer_name)
+    tensors = _layout(header.plans, header.configuration, header.dataset_json, trainer, path)
+    axes = tuple(header.mirroring_axes) if header.mirroring_axes else None
+    return TaskVectorModel(path, header.plans, header.dataset_json, header.configuration, trainer, axes,
+                           {"theta_0": header.theta_0}, tensors, header=header, base=theta_0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,26 +185,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_theta_0(base: Path, reference: TrainedModel, checkpoint_name: str = CHECKPOINT,
-                 trust: bool = False) -> dict[str, torch.Tensor]:
+def open_theta_0(base: Path, checkpoint_name: str = CHECKPOINT, trust: bool = False) -> dict[str, torch.Tensor]:
     """The base given as -base, by canonical names and without heads: a model folder with one fold, a checkpoint in
-    one, or a theta_0 file of a model folder.
-
-    Raises TransplantError where it is another network than the reference's.
-    """
+    one, or a theta_0 file of a model folder."""
     if base.suffix == ".safetensors":
-        theta_0, network = read_theta_0(base), None
-    else:
-        models = open_models(base, None, checkpoint_name, trust)
-        if len(models) > 1:
-            raise TransplantError(f"{base} has {len(models)} folds: give the checkpoint of the one that is the base, "
-                                  f"such as {models[0].path}")
-        network = models[0].tensors()
-        theta_0 = {name: tensor for name, tensor in network.items() if name not in models[0].layout.heads}
-    expected = {name: reference.layout.shapes[name] for name in reference.layout.body}
+        return read_theta_0(base)
+    models = open_models(base, None, checkpoint_name, trust)
+    if len(models) > 1:
+        raise TransplantError(f"{base} has {len(models)} folds: give the checkpoint of the one that is the base, "
+                              f"such as {models[0].path}")
+    return {name: tensor for name, tensor in models[0].tensors().items() if name not in models[0].layout.heads}
+
+
+def check_base(theta_0: Mapping[str, torch.Tensor], model: TrainedModel) -> None:
+    """Raise TransplantError where theta_0 is of another network than the model's."""
+    expected = {name: model.layout.shapes[name] for name in model.layout.body}
     if {name: tuple(tensor.shape) for name, tensor in theta_0.items()} != expected:
-        raise TransplantError(f"the base {base} has another network than {reference.name}")
-    return theta_0
+        raise TransplantError(f"the base is another network than {model.name}")
 
 
 # What must agree for the same weights to mean the same: nnU-Net's preprocessing, field by field.

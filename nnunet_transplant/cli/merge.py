@@ -1,19 +1,24 @@
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nnunet_transplant.cli.common import command_parser, run_command
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import METHODS, MergedModel, merge_folders, write_merge
+from nnunet_transplant.merging import METHODS, MergedModel, Recipe, Volumes, merge_groups, write_merge
 from nnunet_transplant.merging.merge import check_output
-from nnunet_transplant.model_folder import CHECKPOINT
+from nnunet_transplant.merging.registry import find
+from nnunet_transplant.merging.repeat import Earlier, read_merge
+from nnunet_transplant.model_folder import CHECKPOINT, open_models, open_theta_0
 
 
 def main() -> None:
     parser = command_parser(
         "merge", "Merges trained nnU-Net models into one ordinary nnU-Net model folder.",
         "nnunet_transplant_merge -m TASK_901 TASK_902 -f 0 -o MERGED -method ties -density 0.2\n"
-        "  nnunet_transplant_merge -m MODEL -f 0 1 2 3 4 -o ONE_MODEL_OF_FIVE_FOLDS")
+        "  nnunet_transplant_merge -m MODEL -f 0 1 2 3 4 -o ONE_MODEL_OF_FIVE_FOLDS\n"
+        "  nnunet_transplant_merge -from MERGED -drop Anterior -m TASK_903 -o MERGED_ANEW")
     parser.add_argument("-o", type=Path, required=True, metavar="OUTPUT", help="model folder to write")
     add_merge_arguments(parser)
     parser.add_argument("--per_fold", action="store_true",
@@ -26,39 +31,92 @@ def main() -> None:
 
 def add_merge_arguments(parser: ArgumentParser) -> None:
     """What says how to merge, for every command that merges."""
-    parser.add_argument("-m", type=Path, nargs="+", required=True, metavar="MODEL",
-                        help="trained model folders, or checkpoints inside them")
+    parser.add_argument("-m", type=Path, nargs="+", default=[], metavar="MODEL",
+                        help="trained model folders, checkpoints inside them, or task vector files")
+    parser.add_argument("-from", dest="earlier", type=Path, metavar="MERGED",
+                        help="start from this earlier merge: its models and its options, -m adds models to it")
+    parser.add_argument("-drop", nargs="+", default=[], metavar="NAME", help="leave out these models of the earlier "
+                        "merge: a structure, a dataset's name or a model's path")
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to take from each model folder; default: all of "
                                                               "its numbered folds, else fold_all")
     parser.add_argument("-chk", default=CHECKPOINT, metavar="NAME", help=f"checkpoint to take; default {CHECKPOINT}")
-    parser.add_argument("-base", type=Path, help="theta_0 for models that do not record it: model folder or checkpoint")
-    parser.add_argument("-method", default="average", metavar="NAME", help="; ".join(
+    parser.add_argument("-base", type=Path, help="theta_0 for task vector files and for models that do not record it: "
+                                                 "model folder, checkpoint or theta_0 file")
+    parser.add_argument("-method", metavar="NAME", help="; ".join(
         f"{method.name}: {method.summary}" for method in METHODS.values()) + "; default average")
+    rules: dict[str, list[str]] = {}
+    for method in METHODS.values():
+        rules.setdefault(method.weights_rule.text, []).append(method.name)
     parser.add_argument("-weights", type=float, nargs="+", metavar="W", help="one number for each MODEL (its folds "
-                        "share it): " + "; ".join(f"{m.name}: {m.weights_rule}" for m in METHODS.values()))
+                        "share it): " + "; ".join(f"{', '.join(names)}: {rule}" for rule, names in rules.items()))
+    parser.add_argument("-keep_base_for", nargs="+", metavar="PATTERN", help="leave tensors with such a name (as "
+                        "'encoder.stages.0.*' or '*norm*') at theta_0")
+    parser.add_argument("-stage_weights", type=float, nargs="+", metavar="W", help="factors for the merged task vector "
+                        "by stage: those of the encoder from full to lowest resolution, then those of the decoder up")
+    parser.add_argument("-d", nargs="+", metavar="DATASET", help="dataset(s) whose volumes a method may look at: "
+                        + "; ".join(f"{m.name}: {m.needs[-1]}" for m in METHODS.values() if m.needs_data))
+    parser.add_argument("-n_cases", type=int, default=8, metavar="N", help="how many volumes of each; default 8")
+    parser.add_argument("-cases", metavar="FILE|train:K|val:K", help="take them from these cases; default all")
+    parser.add_argument("-data_device", choices=("cpu", "cuda"), default="cpu", help="where methods with volumes run "
+                        "the networks; default cpu")
     for name in dict.fromkeys(p.name for method in METHODS.values() for p in method.parameters):
         owners = [(method, p) for method in METHODS.values() for p in method.parameters if p.name == name]
-        text = "; ".join(f"{method.name}: {p.help}, default {p.default}" for method, p in owners)
-        parser.add_argument(f"-{name}", type=str if owners[0][1].choices else float, metavar="X", help=text,
+        text = "; ".join(f"{', '.join(method.name for method, p in owners if (p.help, p.default) == said)}: "
+                         f"{said[0]}, default {said[1]}" for said in dict.fromkeys((p.help, p.default)
+                                                                                    for _, p in owners))
+        parser.add_argument(f"-{name}", type=owners[0][1].kind, metavar="X", help=text,
                             choices=owners[0][1].choices or None)
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="load checkpoints that ask for more than weights; they can run code")
 
 
+def recipe_from(args: Namespace, start: Recipe) -> Recipe:
+    """The recipe that the arguments ask for; what they do not say is as in `start`, if its method stays."""
+    names = {p.name for method in METHODS.values() for p in method.parameters}
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    recipe = start if args.method in (None, start.method) else Recipe(
+        args.method, keep_base_for=start.keep_base_for, stage_weights=start.stage_weights,
+        volumes=start.volumes if find(args.method).needs_data else None)
+    recipe = replace(recipe, parameters={**recipe.parameters, **given})
+    for name in ("weights", "keep_base_for", "stage_weights"):
+        if getattr(args, name) is not None:
+            recipe = replace(recipe, **{name: getattr(args, name)})
+    if args.d is not None:
+        recipe = replace(recipe, volumes=Volumes(args.d, args.n_cases, args.cases, args.data_device))
+    return recipe
+
+
 def merge_from(args: Namespace, per_fold: bool = False) -> dict[str, MergedModel]:
     """The merge that the arguments of `add_merge_arguments` ask for."""
     use_our_trainers()
-    names = {p.name for method in METHODS.values() for p in method.parameters}
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return merge_folders(args.m, args.f, args.chk, args.base, args.method, args.weights, given, per_fold,
-                         args.trust_checkpoints, progress=True)
+    earlier = Earlier([], Recipe(), None, False) if args.earlier is None else read_merge(args.earlier)
+    kept = earlier.without(args.drop)
+    recipe = recipe_from(args, earlier.recipe)
+    if args.weights is None and recipe.weights is not None and (args.m or args.drop):
+        raise TransplantError("the earlier merge had -weights of its own: give new ones for the models of this one, "
+                              f"{len(kept.inputs)} kept and {len(args.m)} new")
+    base = args.base or earlier.base
+    theta_0 = None if base is None else open_theta_0(base, args.chk, args.trust_checkpoints)
+    groups = []
+    for each in kept.inputs:
+        each.check()
+        groups.append([model for path in each.files
+                       for model in open_models(path, trust=args.trust_checkpoints, theta_0=theta_0)])
+    groups += [open_models(path, args.f, args.chk, args.trust_checkpoints, theta_0) for path in args.m]
+    if not groups:
+        raise TransplantError("no model is left to merge" if args.drop else "give the models to merge with -m")
+    return merge_groups(groups, recipe, theta_0, base, per_fold or earlier.per_fold, progress=True)
+
+
+def inputs_of(args: Namespace) -> Sequence[Path]:
+    return [*args.m, *([] if args.earlier is None else [args.earlier])]
 
 
 def run(args: Namespace) -> None:
     if args.per_fold and args.out_fold is not None:
         raise TransplantError("-out_fold names the one fold that is written; with --per_fold there are several")
     check_output(args.o, args.overwrite)
-    inputs = [path.resolve() for path in args.m]
+    inputs = [path.resolve() for path in inputs_of(args)]
     if any(args.o.resolve() in (path, *path.parents) for path in inputs):
         raise TransplantError(f"{args.o} is one of the models to merge, or holds one")
     merged = merge_from(args, args.per_fold)

@@ -1,6 +1,11 @@
 """Merging methods, one file per family, and the merge of trained models with any of them."""
-from nnunet_transplant.merging import linear, ties  # noqa: F401 - each registers its methods
-from nnunet_transplant.merging.merge import MergedModel, merge_folders, merge_models, write_merge
+# isort: off
+from nnunet_transplant.merging import linear, ties, sparse, consensus, spectral, geometric  # noqa: F401 - each
+from nnunet_transplant.merging import fisher, regmean, coefficients  # noqa: F401 - registers its methods, in this order
+# isort: on
+from nnunet_transplant.merging.calibration import Volumes
+from nnunet_transplant.merging.merge import MergedModel, Recipe, merge_folders, merge_groups, merge_models, write_merge
 from nnunet_transplant.merging.registry import METHODS, Method, Parameter
 
-__all__ = ["METHODS", "MergedModel", "Method", "Parameter", "merge_folders", "merge_models", "write_merge"]
+__all__ = ["METHODS", "MergedModel", "Method", "Parameter", "Recipe", "Volumes", "merge_folders", "merge_groups",
+           "merge_models", "write_merge"]

@@ -1,25 +1,37 @@
 """Merge trained nnU-Net models into one, tensor by tensor, and write the result as an ordinary model folder."""
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from tqdm import tqdm
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import changes_network
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.heads import JoinedHeads, check_head_rows, join, join_head, shares, structures
+from nnunet_transplant.heads import (
+    JoinedHeads,
+    check_head_rows,
+    join,
+    join_head,
+    merged_dataset_json,
+    shares,
+    structures,
+)
+from nnunet_transplant.merging.apply import merge_tensors
+from nnunet_transplant.merging.calibration import Calibration, Volumes, open_calibration
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import Method, find
+from nnunet_transplant.merging.stages import scales
+from nnunet_transplant.merging.vectors import Tensors
 from nnunet_transplant.model_folder import (
     CHECKPOINT,
     TrainedModel,
+    check_base,
     check_mergeable,
     common_theta_0_sha256,
     open_models,
@@ -44,32 +56,53 @@ class MergedModel:
     notes: list[str]                  # what the user should know
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to merge, beside which models: what merge.json records and can repeat.
+
+    weights: one for each model folder; its folds share it equally. None: the method's own default.
+    parameters: of the method, by name. keep_base_for, stage_weights: see `stages.scales`.
+    volumes: what methods with needs_data look at.
+    """
+    method: str = "average"
+    weights: Sequence[float] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    keep_base_for: Sequence[str] = ()
+    stage_weights: Sequence[float] | None = None
+    volumes: Volumes | None = None
+
+
 def merge_folders(model_paths: Sequence[Path], folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
-                  base: Path | None = None, method: str = "average", weights: Sequence[float] | None = None,
-                  parameters: dict[str, Any] | None = None, per_fold: bool = False, trust: bool = False,
-                  progress: bool = False) -> dict[str, MergedModel]:
+                  base: Path | None = None, recipe: Recipe = Recipe(), per_fold: bool = False,
+                  trust: bool = False, progress: bool = False) -> dict[str, MergedModel]:
     """Merge everything selected into one model, or with per_fold fold k of every model with fold k of the others.
 
-    model_paths: trained model folders or checkpoints inside them; folds as in `open_models`.
-    weights: one for each of model_paths; the folds of one model share it equally.
-    base: theta_0 for models that record none (see `open_theta_0`).
+    model_paths: trained model folders, checkpoints inside them or task vector files; folds as in `open_models`.
+    base: theta_0 for models that record none and for task vector files (see `open_theta_0`).
     Returns the merged model by fold name ("all" unless per_fold). Raises TransplantError for what cannot merge.
     """
-    groups = [open_models(path, folds, checkpoint_name, trust) for path in model_paths]
-    theta_0 = None if base is None else open_theta_0(base, groups[0][0], checkpoint_name, trust)
+    theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
+    groups = [open_models(path, folds, checkpoint_name, trust, theta_0) for path in model_paths]
+    return merge_groups(groups, recipe, theta_0, base, per_fold, progress)
+
+
+def merge_groups(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = Recipe(),
+                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | None = None, per_fold: bool = False,
+                 progress: bool = False) -> dict[str, MergedModel]:
+    """As `merge_folders`, of models that are open already; `base` only says where theta_0 was read."""
     if not per_fold:
-        return {"all": merge_models(groups, method, weights, theta_0, parameters, progress)}
+        return {"all": merge_models(groups, recipe, theta_0, base, progress)}
     folds_of = [[model.fold for model in group] for group in groups]
     if any(found != folds_of[0] for found in folds_of):
         raise TransplantError("--per_fold needs the same folds in every model; found " + "; ".join(
-            f"{path}: {' '.join(found)}" for path, found in zip(model_paths, folds_of, strict=True)))
-    return {model.fold: merge_models([[group[i]] for group in groups], method, weights, theta_0, parameters, progress)
+            f"{group[0].folder}: {' '.join(found)}" for group, found in zip(groups, folds_of, strict=True)))
+    return {model.fold: merge_models([[group[i]] for group in groups], recipe, theta_0, base, progress)
             for i, model in enumerate(groups[0])}
 
 
-def merge_models(groups: Sequence[Sequence[TrainedModel]], method: str = "average",
-                 weights: Sequence[float] | None = None, theta_0: dict[str, torch.Tensor] | None = None,
-                 parameters: dict[str, Any] | None = None, progress: bool = False) -> MergedModel:
+def merge_models(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = Recipe(),
+                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | None = None,
+                 progress: bool = False) -> MergedModel:
     """Merge trained models into one network, in float32, keeping the stored types.
 
     groups: one for each weight, each with one or more folds that share its weight equally.
@@ -77,29 +110,36 @@ def merge_models(groups: Sequence[Sequence[TrainedModel]], method: str = "averag
     Raises TransplantError for models that cannot merge, a missing or other base, wrong weights or parameters, NaN or
     Inf in an input.
     """
-    chosen = find(method)
-    settings = chosen.settings(parameters or {})
-    group_weights = chosen.weights(weights, len(groups))
+    method = find(recipe.method)
+    settings = method.settings(recipe.parameters)
+    group_weights = method.weights(recipe.weights, len(groups))
     models = [model for group in groups for model in group]
+    method.check_models(len(models), recipe.volumes is not None)
     each = [weight / len(group) for weight, group in zip(group_weights, groups, strict=True) for _ in group]
+    group_of = [index for index, group in enumerate(groups) for _ in group]
     check_mergeable(models)
     trainer = _common_trainer(models)
     joined = join(models, each)
     if joined.rows is not None:
         for model in models:
             check_head_rows(model)
-    theta_0 = _base(chosen, models, theta_0)
-    tensors = [model.tensors() for model in models]
-    merged = _merge_tensors(chosen, settings, each, models, tensors, theta_0, joined, progress)
     layout = models[0].layout
+    held_back = scales(layout, recipe.keep_base_for, recipe.stage_weights)
+    theta_0 = _base(method, bool(held_back), models, theta_0)
+    tensors = [model.tensors() for model in models]
+    heads = _merge_heads(models, tensors, each, joined)
+    dataset_json = merged_dataset_json(models[0], joined)
+    calibration = None if recipe.volumes is None else open_calibration(recipe.volumes, models, dataset_json, heads,
+                                                                       trainer, progress)
+    merged = _merge_body(method, settings, each, models, tensors, theta_0, held_back, calibration, progress) | heads
     fingerprint = models[0].folder / "dataset_fingerprint.json"
     return MergedModel(
         weights={name: merged[layout.canonical[name]] for name in layout.shapes},
-        plans=models[0].plans, dataset_json=_dataset_json(models[0], joined),
+        plans=models[0].plans, dataset_json=dataset_json,
         configuration=models[0].configuration, trainer=trainer,
         mirroring_axes=_common_axes(models), fingerprint=fingerprint if fingerprint.is_file() else None,
-        provenance=_provenance(chosen, settings, each, models, theta_0),
-        notes=_notes(chosen, models, tensors))
+        provenance=_provenance(recipe, settings, each, group_of, models, base, theta_0, calibration),
+        notes=_notes(models, tensors))
 
 
 def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:
@@ -111,20 +151,22 @@ def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:
     return trainers.pop() if trainers else nnUNetTrainer
 
 
-def _base(method: Method, models: Sequence[TrainedModel],
+def _base(method: Method, held_back: bool, models: Sequence[TrainedModel],
           given: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-    """theta_0, where it is given or the method needs it: the given one, else the one a model folder keeps."""
+    """theta_0, where it is given or the merge needs it: the given one, else the one a model folder keeps."""
     recorded = common_theta_0_sha256(models)
     if given is not None:
+        check_base(given, models[0])
         if recorded is not None and checkpoints.tensors_sha256(given) != recorded:
             raise TransplantError(f"the base given by -base is not the one these models were fine-tuned from "
                                   f"(theta_0 with SHA-256 {recorded[:16]}...)")
         return given
-    if not method.needs_base:
+    if not method.needs_base and not held_back:
         return None
     kept = next((theta_0 for theta_0 in (model.theta_0() for model in models) if theta_0 is not None), None)
     if kept is None:
-        raise TransplantError(f"method {method.name} needs theta_0, the base these models were fine-tuned from: the "
+        needing = f"method {method.name}" if method.needs_base else "-keep_base_for and -stage_weights"
+        raise TransplantError(f"{needing} needs theta_0, the base these models were fine-tuned from: the "
                               "model folders keep none (stock fine-tuning does not), so give it with -base")
     unknown = [model.name for model in models if model.theta_0_sha256 is None]
     if unknown:
@@ -132,36 +174,44 @@ def _base(method: Method, models: Sequence[TrainedModel],
     return kept
 
 
-def _merge_tensors(method: Method, settings: dict[str, Any], weights: Sequence[float], models: Sequence[TrainedModel],
-                   tensors: Sequence[dict[str, torch.Tensor]], theta_0: dict[str, torch.Tensor] | None,
-                   joined: JoinedHeads, progress: bool) -> dict[str, torch.Tensor]:
-    layout = models[0].layout
-    body = [name for name in layout.body if tensors[0][name].is_floating_point()]
-    state: list[Any] = [None] * len(models)
-    if method.prepare is not None:
-        state = [method.prepare((theta[name].float() - theta_0[name].float() for name in body), **settings)
-                 for theta in tensors]
+def _merge_heads(models: Sequence[TrainedModel], tensors: Sequence[dict[str, torch.Tensor]], weights: Sequence[float],
+                 joined: JoinedHeads) -> dict[str, torch.Tensor]:
+    """The merged heads by canonical name: joined, or where the labels are the same, averaged."""
     merged = {}
-    for name in tqdm(layout.names, desc=method.name, unit="tensor", delay=3, disable=not progress):
-        stored = [theta[name] for theta in tensors]
-        for model, tensor in zip(models, stored, strict=True):
-            _check_finite(tensor, name, model)
-        if name in layout.heads:
-            heads = [tensor.float() for tensor in stored]
-            result = average(None, heads, shares(weights), []) if joined.rows is None \
+    for name in models[0].layout.names:
+        if name in models[0].layout.heads:
+            heads = [theta[name].float() for theta in tensors]
+            for model, head in zip(models, heads, strict=True):
+                check_finite(head, name, model)
+            result = average(Tensors(name, None, heads, shares(weights))) if joined.rows is None \
                 else join_head(heads, weights, joined)
-        elif stored[0].is_floating_point():
-            base = None if theta_0 is None else theta_0[name].float()
-            result = method.merge(base, [tensor.float() for tensor in stored], weights, state, **settings)
-        else:
-            result = stored[0].clone()
-        merged[name] = result.to(stored[0].dtype)
+            merged[name] = result.to(tensors[0][name].dtype)
     return merged
 
 
-def _check_finite(tensor: torch.Tensor, name: str, model: TrainedModel) -> None:
-    # a sum is NaN or Inf if and only if an entry is (float64 does not overflow), and costs one pass
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+def _merge_body(method: Method, settings: dict[str, Any], weights: Sequence[float], models: Sequence[TrainedModel],
+                tensors: Sequence[dict[str, torch.Tensor]], theta_0: dict[str, torch.Tensor] | None,
+                held_back: dict[str, float], calibration: Calibration | None,
+                progress: bool) -> dict[str, torch.Tensor]:
+    """The other tensors by canonical name: those of floats by the method, integers as in the first model."""
+    floats, others = [], {}
+    for name in models[0].layout.body:
+        if tensors[0][name].is_floating_point():
+            floats.append(name)
+        else:
+            others[name] = tensors[0][name].clone()
+
+    def check(piece: Tensors) -> None:
+        for model, theta in zip(models, piece.thetas, strict=True):
+            check_finite(theta, piece.name, model)
+
+    thetas = [{name: theta[name] for name in floats} for theta in tensors]
+    return merge_tensors(method, settings, weights, theta_0, thetas, calibration, held_back, check, progress) | others
+
+
+def check_finite(tensor: torch.Tensor, name: str, model: TrainedModel) -> None:
+    # a sum is NaN or Inf if an entry is, and costs one pass; in float64 it does not overflow
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor.sum(dtype=torch.float64)):
         raise TransplantError(f"{model.path} holds NaN or Inf in {name}")
 
 
@@ -170,27 +220,27 @@ def _common_axes(models: Sequence[TrainedModel]) -> tuple[int, ...] | None:
     return tuple(sorted(axes)) or None  # nnU-Net crashes on an empty tuple
 
 
-def _dataset_json(first: TrainedModel, joined: JoinedHeads) -> dict[str, Any]:
-    """The first model's dataset.json with the joined labels, without the paths of patient images."""
-    content = {key: value for key, value in first.dataset_json.items() if key != "dataset"} | joined.fields
-    if content["regions_class_order"] is None:
-        del content["regions_class_order"]
-    return content
-
-
-def _provenance(method: Method, settings: dict[str, Any], weights: Sequence[float], models: Sequence[TrainedModel],
-                theta_0: dict[str, torch.Tensor] | None) -> dict[str, Any]:
+def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[float], groups: Sequence[int],
+                models: Sequence[TrainedModel], base: Path | None, theta_0: dict[str, torch.Tensor] | None,
+                calibration: Calibration | None) -> dict[str, Any]:
+    """Everything that `repeat.read_merge` needs to do it again. weights: as given, None for the method's default."""
     sha256 = common_theta_0_sha256(models)
     if sha256 is None and theta_0 is not None:
         sha256 = checkpoints.tensors_sha256(theta_0)
+    method = find(recipe.method)
     return {
-        "method": method.name, "reference": method.reference, "parameters": settings, "theta_0_sha256": sha256,
+        "method": method.name, "reference": method.reference, "parameters": settings,
+        "weights": None if recipe.weights is None else list(recipe.weights),
+        "keep_base_for": list(recipe.keep_base_for),
+        "stage_weights": None if recipe.stage_weights is None else list(recipe.stage_weights),
+        "volumes": None if calibration is None else calibration.provenance(),
+        "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
         "inputs": [{"path": str(model.path.resolve()), "sha256": checkpoints.file_sha256(model.path),
-                    "fold": model.fold, "weight": weight, "structures": list(structures(model))}
-                   for model, weight in zip(models, weights, strict=True)]}
+                    "fold": model.fold, "group": group, "weight": weight, "structures": list(structures(model))}
+                   for model, group, weight in zip(models, groups, weights, strict=True)]}
 
 
-def _notes(method: Method, models: Sequence[TrainedModel], tensors: Sequence[dict[str, torch.Tensor]]) -> list[str]:
+def _notes(models: Sequence[TrainedModel], tensors: Sequence[dict[str, torch.Tensor]]) -> list[str]:
     """A warning where models that record no common base look as if they had none."""
     if len(models) < 2 or common_theta_0_sha256(models) is not None:
         return []

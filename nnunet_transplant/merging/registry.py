@@ -1,7 +1,7 @@
 """What a merging method declares, once: the command line, its validation, merge.json and the documentation read it."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -10,7 +10,8 @@ from nnunet_transplant.errors import TransplantError
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a method: a number in [low, high], or one of `choices`."""
+    """One parameter of a method: a number in [low, high] (a whole number where the default is one), or one of
+    `choices`."""
     name: str
     default: Any
     help: str
@@ -18,44 +19,76 @@ class Parameter:
     high: float | None = None
     choices: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> type:
+        return type(self.default)
+
     def check(self, value: Any) -> Any:
         if self.choices:
             if value not in self.choices:
                 raise TransplantError(f"-{self.name} must be one of {', '.join(self.choices)}, not {value}")
-        elif not self.low <= value <= self.high:  # also refuses NaN
+            return value
+        try:
+            value = self.kind(value)
+        except (TypeError, ValueError) as error:
+            raise TransplantError(f"-{self.name} must be a number, not {value}") from error
+        if not self.low <= value <= self.high:  # also refuses NaN
             raise TransplantError(f"-{self.name} must lie between {self.low:g} and {self.high:g}, not {value:g}")
         return value
+
+
+@dataclass(frozen=True)
+class WeightsRule:
+    """What the numbers given to -weights must be, and what they are where none are given."""
+    text: str
+    check: Callable[[Sequence[float]], None]
+    default: Callable[[int], float]
 
 
 @dataclass(frozen=True)
 class Method:
     """A merging method: a pure function from tensors to a tensor.
 
-    merge(theta_0, thetas, weights, state, **parameters) gives the merged tensor. theta_0 (None unless needs_base) and
-    the thetas are one tensor of the network from the base and from each model, in float32 and of one shape; weights
-    has one number for each model.
-    prepare(taus, **parameters), where a method has it, sees one whole task vector first (an iterable of its tensors)
-    and returns what merge is given for it in the list `state`.
+    merge(tensors, state, **parameters) gives the merged tensor; tensors is a `Tensors`. Where the method acts entry by
+    entry (by_entry), it is given blocks of tensors, else whole ones.
+    prepare(vectors, **parameters), where a method has it, sees the whole networks first (a `TaskVectors`); what it
+    returns is the state given to merge. Methods with needs_data are given the `Calibration` volumes too:
+    prepare(vectors, calibration, **parameters).
     """
     name: str
     summary: str
     reference: str
     merge: Callable[..., torch.Tensor]
-    needs_base: bool
-    weights_rule: str
-    check_weights: Callable[[Sequence[float]], None]
-    default_weight: Callable[[int], float]
+    weights_rule: WeightsRule
+    needs_base: bool = True
+    needs_data: Literal["", "volumes", "labels"] = ""
+    by_entry: bool = False
+    max_models: int | None = None
     parameters: tuple[Parameter, ...] = ()
     prepare: Callable[..., Any] | None = None
 
+    @property
+    def needs(self) -> list[str]:
+        """In words what the method needs beside the models."""
+        data = {"": [], "volumes": ["unlabelled volumes"], "labels": ["labelled volumes"]}
+        return ["the base"] * self.needs_base + data[self.needs_data]
+
+    def check_models(self, models: int, volumes_given: bool) -> None:
+        """Raise TransplantError unless the method can merge so many models, and has the data it needs, no more."""
+        if self.max_models is not None and models > self.max_models:
+            raise TransplantError(f"method {self.name} merges at most {self.max_models} models, not {models}")
+        if bool(self.needs_data) != volumes_given:
+            raise TransplantError(f"method {self.name} needs volumes to look at: give -d DATASET" if self.needs_data
+                                  else f"method {self.name} looks at no volumes: leave out -d")
+
     def weights(self, given: Sequence[float] | None, models: int) -> list[float]:
         """One weight for each model. Raises TransplantError for a wrong number of them or a rule they break."""
-        weights = [self.default_weight(models)] * models if given is None else [float(w) for w in given]
+        weights = [self.weights_rule.default(models)] * models if given is None else [float(w) for w in given]
         if len(weights) != models:
             raise TransplantError(f"-weights has {len(weights)} numbers for {models} models")
         if not all(-1e6 < w < 1e6 for w in weights):
             raise TransplantError("-weights must be finite numbers")
-        self.check_weights(weights)
+        self.weights_rule.check(weights)
         return weights
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -82,12 +115,17 @@ def find(name: str) -> Method:
     return METHODS[name]
 
 
-def sum_to_one(weights: Sequence[float]) -> None:
+def _sum_to_one(weights: Sequence[float]) -> None:
     if abs(sum(weights) - 1) > 1e-4:
         raise TransplantError(f"-weights must sum to 1 for this method, these sum to {sum(weights):g}")
 
 
-def not_negative(weights: Sequence[float]) -> None:
+def _shares(weights: Sequence[float]) -> None:
+    if min(weights) < 0 or abs(sum(weights) - 1) > 1e-4:
+        raise TransplantError("-weights must not be negative for this method, and sum to 1")
+
+
+def _not_negative(weights: Sequence[float]) -> None:
     if min(weights) < 0 or sum(weights) <= 0:
         raise TransplantError("-weights must not be negative for this method, and not all zero")
 
@@ -96,9 +134,19 @@ def any_weights(weights: Sequence[float]) -> None:
     pass
 
 
-def uniform(models: int) -> float:
+def _one_over_t(models: int) -> float:
     return 1 / models
 
 
-def one(_: int) -> float:
+def _one(_: int) -> float:
     return 1.0
+
+
+SUM_TO_ONE = WeightsRule("sum to 1, default 1/T", _sum_to_one, _one_over_t)
+SHARES = WeightsRule("not negative, sum to 1, default 1/T", _shares, _one_over_t)
+RATIOS = WeightsRule("not negative, only their ratios count, default equal", _not_negative, _one_over_t)
+FREE_MEAN = WeightsRule("free, default 1/T", any_weights, _one_over_t)
+FREE_SUM = WeightsRule("free, default 1", any_weights, _one)
+
+LAMBDA = Parameter("lambda", 1.0, "scale of the merged task vector", -10.0, 10.0)
+SEED = Parameter("seed", 0, "seed of the random choices", 0, 2 ** 31 - 1)

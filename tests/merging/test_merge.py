@@ -12,7 +12,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_transplant import checkpoint
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import merge_folders, write_merge
+from nnunet_transplant.merging import Recipe, merge_folders, write_merge
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.task_vector import theta_0_path
 
@@ -56,7 +56,7 @@ def test_one_model_alone_predicts_the_same_voxels(tmp_path: Path, kind: str, dim
     labels, order = LABELS[kind]
     model = write_model(tmp_path / "model", labels, order, plans=small_plans(dim, residual),
                         axes=tuple(range(dim)))
-    write_merge(merge_folders([model], method="average", weights=[1.0]), tmp_path / "merged")
+    write_merge(merge_folders([model], recipe=Recipe(weights=[1.0])), tmp_path / "merged")
     image = torch.randn(1, 20, 20, 20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(stock_logits(model, image, "0"), stock_logits(tmp_path / "merged", image, "all"))
 
@@ -105,13 +105,13 @@ def test_joined_region_heads_keep_each_regions_logit(tmp_path: Path) -> None:
 def test_shared_structure_is_averaged_and_forgotten_ones_are_gone(tmp_path: Path, base: torch.nn.Module) -> None:
     a = write_model(tmp_path / "a", {"background": 0, "A": 1, "B": 2}, base=base, seed=1)
     b = write_model(tmp_path / "b", {"background": 0, "B": 1}, base=base, seed=2)
-    merged = merge_folders([a, b], weights=[0.25, 0.75])["all"]
+    merged = merge_folders([a, b], recipe=Recipe(weights=[0.25, 0.75]))["all"]
     head = "decoder.seg_layers.1.weight"
     of_a, of_b = (open_models(model)[0].state_dict()[head] for model in (a, b))
     torch.testing.assert_close(merged.weights[head][2], 0.25 * (of_a[2] - of_a[0]) + 0.75 * (of_b[1] - of_b[0]))
-    forgot = merge_folders([a, b], method="task_arithmetic", weights=[1, -1])["all"]
+    forgot = merge_folders([a, b], recipe=Recipe("task_arithmetic", [1, -1]))["all"]
     assert list(forgot.dataset_json["labels"]) == ["background", "A", "B"]
-    forgot = merge_folders([a, b], method="task_arithmetic", weights=[-1, 1])["all"]
+    forgot = merge_folders([a, b], recipe=Recipe("task_arithmetic", [-1, 1]))["all"]
     assert forgot.dataset_json["labels"] == {"background": 0, "B": 1}
 
 
@@ -139,8 +139,8 @@ def test_what_a_merge_writes(tmp_path: Path, tasks: list[Path]) -> None:
     dataset = json.loads((tasks[0] / "dataset.json").read_text())
     dataset["dataset"] = {"patient": {"images": ["/secret/patient.nii.gz"]}}
     (tasks[0] / "dataset.json").write_text(json.dumps(dataset))
-    write_merge(merge_folders(tasks, method="ties"), tmp_path / "one")
-    write_merge(merge_folders(tasks, method="ties"), tmp_path / "two")
+    write_merge(merge_folders(tasks, recipe=Recipe("ties")), tmp_path / "one")
+    write_merge(merge_folders(tasks, recipe=Recipe("ties")), tmp_path / "two")
     files = {str(path.relative_to(tmp_path / "one")): path.read_bytes()
              for path in (tmp_path / "one").rglob("*") if path.is_file()}
     assert set(files) == {"plans.json", "dataset.json", "dataset_fingerprint.json", "merge.json",
@@ -154,7 +154,8 @@ def test_what_a_merge_writes(tmp_path: Path, tasks: list[Path]) -> None:
     inputs = json.loads(files["merge.json"])["folds"]["all"]["inputs"]
     for one, task in zip(inputs, tasks, strict=True):
         path = task / "fold_0" / "checkpoint_final.pth"
-        assert one == {"path": str(path), "sha256": checkpoint.file_sha256(path), "fold": "0", "weight": 0.5,
+        assert one == {"path": str(path), "sha256": checkpoint.file_sha256(path), "fold": "0", "group": tasks.index(task),
+                       "weight": 0.5,
                        "structures": one["structures"]}
     sources = json.loads(files["dataset.json"])["nnunet_transplant"]
     assert sources["classes"] == {"A": ["A"], "B": ["B"], "C": ["C"]}
@@ -206,12 +207,12 @@ def test_stock_fine_tuning_needs_the_base_given(tmp_path: Path, base: torch.nn.M
               for i, name in enumerate("AB")]
     given = write_model(tmp_path / "base", {"background": 0, "all": 1}, change=base.state_dict())
     with pytest.raises(TransplantError, match="needs theta_0"):
-        merge_folders(models, method="ties")
+        merge_folders(models, recipe=Recipe("ties"))
     recorded = [write_model(tmp_path / f"r{name}", {"background": 0, name: 1}, base=base, seed=i)
                 for i, name in enumerate("AB")]
     for method in ("ties", "task_arithmetic"):
-        by_hand = merge_folders(models, method=method, base=given)["all"]
-        by_record = merge_folders(recorded, method=method)["all"]
+        by_hand = merge_folders(models, recipe=Recipe(method), base=given)["all"]
+        by_record = merge_folders(recorded, recipe=Recipe(method))["all"]
         assert all(torch.equal(by_hand.weights[name], tensor) for name, tensor in by_record.weights.items())
     assert not merge_folders(models)["all"].notes
     strangers = [write_model(tmp_path / f"s{seed}", seed=seed) for seed in (1, 2)]
@@ -318,16 +319,16 @@ def test_trusting_a_file_is_explicit(tmp_path: Path, base: torch.nn.Module, monk
 def test_wrong_base_and_damaged_base_are_refused(tmp_path: Path, tasks: list[Path], base: torch.nn.Module) -> None:
     other = write_model(tmp_path / "other", {"background": 0, "all": 1}, seed=8)
     with pytest.raises(TransplantError, match="is not the one these models were fine-tuned from"):
-        merge_folders(tasks, method="ties", base=other)
+        merge_folders(tasks, recipe=Recipe("ties"), base=other)
     wide = write_model(tmp_path / "wide", {"background": 0, "all": 1}, plans=small_plans(residual=True))
     with pytest.raises(TransplantError, match="another network"):
-        merge_folders(tasks, method="ties", base=wide)
+        merge_folders(tasks, recipe=Recipe("ties"), base=wide)
     kept = theta_0_path(tasks[0], open_models(tasks[0])[0].theta_0_sha256)
     content = bytearray(kept.read_bytes())
     content[-1] ^= 1
     kept.write_bytes(content)
     with pytest.raises(TransplantError, match="SHA-256 differs"):
-        merge_folders(tasks, method="ties")
+        merge_folders(tasks, recipe=Recipe("ties"))
 
 
 def test_output_is_whole_or_absent(tmp_path: Path, tasks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +351,7 @@ def test_output_is_whole_or_absent(tmp_path: Path, tasks: list[Path], monkeypatc
         with pytest.raises(OSError, match="No space left"):
             write_merge(merged, output, overwrite=True)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
-    write_merge(merge_folders(tasks, method="ties"), output, overwrite=True)
+    write_merge(merge_folders(tasks, recipe=Recipe("ties")), output, overwrite=True)
     assert json.loads((output / "merge.json").read_text())["folds"]["all"]["method"] == "ties"
     assert [path.name for path in output.parent.iterdir()] == ["merged"]
     precious = tmp_path / "precious"

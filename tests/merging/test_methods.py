@@ -7,6 +7,7 @@ import torch
 
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging import METHODS, Method
+from nnunet_transplant.merging.apply import merge_tensors
 from nnunet_transplant.merging.registry import find
 
 SHAPES = [(1,), (2,), (5,), (3, 2, 3, 3), (4, 2, 3, 3, 3)]
@@ -22,11 +23,9 @@ def merge(name: str, theta_0: torch.Tensor, thetas: list[torch.Tensor], weights:
           **given: object) -> torch.Tensor:
     """The method on networks of one tensor."""
     method = find(name)
-    settings = method.settings(given)
-    state = [None] * len(thetas)
-    if method.prepare is not None:
-        state = [method.prepare([theta - theta_0], **settings) for theta in thetas]
-    return method.merge(theta_0, thetas, method.weights(weights, len(thetas)), state, **settings)
+    networks = [{"a": theta} for theta in thetas]
+    return merge_tensors(method, method.settings(given), method.weights(weights, len(thetas)), {"a": theta_0},
+                         networks)["a"]
 
 
 def plain_ties(theta_0: np.ndarray, thetas: list[np.ndarray], weights: list[float], density: float,
@@ -62,12 +61,11 @@ def test_ties_trims_over_the_whole_vector_or_per_tensor() -> None:
     method = find("ties")
     theta_0 = [torch.zeros(4), torch.zeros(4)]
     thetas = [torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20, 30, 40])]
+    networks = [dict(zip("ab", theta, strict=True)) for theta in ([*theta_0], [*thetas])]
     for trim, expected in (("vector", [[0, 0, 0, 0], [10, 20, 30, 40]]), ("tensor", [[0, 0, 3, 4], [0, 0, 30, 40]])):
         settings = method.settings({"density": 0.5, "trim": trim})
-        state = [method.prepare(thetas, **settings)]
-        merged = [method.merge(base, [theta], [1.0], state, **settings)
-                  for base, theta in zip(theta_0, thetas, strict=True)]
-        assert [tensor.tolist() for tensor in merged] == expected
+        merged = merge_tensors(method, settings, [1.0], networks[0], [networks[1]])
+        assert [tensor.tolist() for tensor in merged.values()] == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,55 @@
+"""What the experiments share: commands run as a user types them, once each, and nnU-Net's plans made small."""
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nnunet_transplant.environment import ext_trainer_value
+
+PLANS = "nnUNetPlansSmall"
+
+
+class Steps:
+    """Runs the commands whose result is missing, in an environment of their own, and keeps their wall time."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work.resolve()
+        self.raw, self.preprocessed, self.results = (self.work / name for name in ("raw", "preprocessed", "results"))
+        self.log = self.work / "seconds.json"
+        self.bin = Path(sys.executable).parent
+        trainers = Path(__file__).parent.resolve() / "trainers"
+        self.environment = os.environ | {
+            "nnUNet_raw": str(self.raw), "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.results), "nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2",
+            "OMP_WAIT_POLICY": "PASSIVE", "nnUNet_extTrainer": os.pathsep.join([ext_trainer_value(), str(trainers)])}
+
+    def __call__(self, result: Path, command: str) -> None:
+        """Run a command (words without spaces inside) unless `result`, which it makes, is there."""
+        if result.exists():
+            return
+        print(f"$ {command}", flush=True)
+        start = time.time()
+        program, *arguments = command.split()
+        subprocess.run([str(self.bin / program), *arguments], env=self.environment, check=True)
+        seconds = json.loads(self.log.read_text()) if self.log.exists() else {}
+        self.log.write_text(json.dumps(seconds | {command: round(time.time() - start)}, indent=1))
+
+    def model(self, dataset: str, trainer: str) -> Path:
+        return self.results / dataset / f"{trainer}__{PLANS}__3d_fullres"
+
+
+def write_small_plans(preprocessed: Path) -> None:
+    """nnU-Net's own plans with half the features, a smaller patch and batch 4, on the same preprocessed data."""
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    plans["plans_name"] = PLANS
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration |= {"batch_size": 4, "patch_size": [32, 40, 32]}
+    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [16, 32, 64, 128]
+    (preprocessed / f"{PLANS}.json").write_text(json.dumps(plans, indent=4, sort_keys=False))
+
+
+def write_splits(preprocessed: Path, splits: list[dict[str, list[str]]]) -> None:
+    (preprocessed / "splits_final.json").write_text(json.dumps(
+        [{part: [str(case) for case in cases] for part, cases in split.items()} for split in splits], indent=4))

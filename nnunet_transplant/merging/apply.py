@@ -1,0 +1,65 @@
+"""Apply a method to whole networks: block by block, on all cores, with the same result on any number of them."""
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from nnunet_transplant.merging.registry import Method
+from nnunet_transplant.merging.vectors import TaskVectors, Tensors, in_parallel
+
+BLOCK = 1 << 17  # entries; what a method makes of a block stays in the cache
+
+Network = Mapping[str, torch.Tensor]
+
+
+class Piece(NamedTuple):
+    """A tensor, or the entries start to stop of it flattened."""
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+
+def merge_tensors(method: Method, settings: Mapping[str, Any], weights: Sequence[float], theta_0: Network | None,
+                  thetas: Sequence[Network], calibration: Any = None, scales: Mapping[str, float] | None = None,
+                  check: Callable[[Tensors], None] = lambda tensors: None,
+                  progress: bool = False) -> dict[str, torch.Tensor]:
+    """The merged network of networks given by the names of their tensors (floats of any type, all of one layout).
+
+    calibration: what methods with needs_data look at.
+    scales: factors for the merged task vector of single tensors; 0 leaves them at theta_0.
+    check: sees every piece of the inputs before the method does, and raises for what must not be merged.
+    Returns tensors of the types of the first network; they are computed in float32.
+    """
+    vectors = TaskVectors(theta_0, thetas, weights)
+    state = None
+    if method.prepare is not None:
+        state = method.prepare(vectors, *([calibration] if method.needs_data else []), **settings)
+    merged = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in thetas[0].items()}
+
+    def merge_piece(piece: Piece) -> None:
+        tensors = vectors.block(*piece)
+        check(tensors)
+        scale = (scales or {}).get(piece.name, 1.0)
+        if scale == 0.0:
+            result = tensors.theta_0
+        else:
+            result = method.merge(tensors, state, **settings)
+            if scale != 1.0:
+                result = torch.lerp(tensors.theta_0, result, scale)
+        target = merged[piece.name]
+        if piece.stop is not None:
+            target = target.view(-1)[piece.start:piece.stop]
+        target.copy_(result)
+
+    pieces = [piece for name, tensor in merged.items() for piece in _pieces(name, tensor.numel(), method.by_entry)]
+    done = in_parallel(merge_piece, pieces)
+    for _ in tqdm(done, desc=method.name, total=len(pieces), delay=3, disable=not progress):
+        pass
+    return merged
+
+
+def _pieces(name: str, size: int, by_entry: bool) -> list[Piece]:
+    if not by_entry or size <= BLOCK:
+        return [Piece(name)]
+    return [Piece(name, start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]

@@ -1,0 +1,185 @@
+"""The volumes that data-driven methods look at, preprocessed as the models want them and cut into patches."""
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+from tqdm import tqdm
+
+from nnunet_transplant.architecture import build_network, canonical_names
+from nnunet_transplant.data.cases import Cases, open_cases, open_splits
+from nnunet_transplant.data.task_dataset import choose_cases
+from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.heads import head_rows, origin
+from nnunet_transplant.labels import foreground_values, has_regions
+from nnunet_transplant.model_folder import TrainedModel
+
+IGNORED = -1  # in targets: voxels of the dataset's ignore label
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """Which volumes a method may look at.
+
+    datasets: names or ids of datasets in nnUNet_raw.
+    cases: of each dataset, as nnunet_transplant_split_tasks takes them (FILE, train:K, val:K); all by default.
+    n_cases: how many of them to take of each dataset, spread evenly over the sorted names.
+    device: where the networks run, "cpu" or "cuda".
+    """
+    datasets: Sequence[str | int]
+    n_cases: int = 8
+    cases: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch of a preprocessed volume, of the plans' patch size."""
+    image: torch.Tensor       # (channels, *patch_size), float32
+    values: np.ndarray        # (*patch_size): the dataset's own label values
+    cases: Cases              # the dataset it comes from
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Patches of real volumes, and the networks to run on them: on `device`, without deep supervision, in eval mode."""
+    models: Sequence[TrainedModel]
+    dataset_json: dict[str, Any]         # of the merged model
+    heads: dict[str, torch.Tensor]       # of the merged model, by canonical name
+    trainer: type[nnUNetTrainer]
+    patches: Sequence[Patch]
+    volumes: Volumes
+    progress: bool = False
+    found: dict[str, Any] = field(default_factory=dict)  # what a method found out, for merge.json
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.volumes.device)
+
+    @property
+    def configuration(self) -> ConfigurationManager:
+        return PlansManager(self.models[0].plans).get_configuration(self.models[0].configuration)
+
+    def network(self, model: int) -> nn.Module:
+        """One model's own network."""
+        network = self._network(self.models[model].dataset_json)
+        network.load_state_dict(self.models[model].state_dict())
+        return network
+
+    def merged_network(self) -> nn.Module:
+        """A network with the merged heads; the rest of its weights are the first model's, to be replaced."""
+        network = self._network(self.dataset_json)
+        layout = self.models[0].layout
+        tensors = self.models[0].tensors() | self.heads
+        network.load_state_dict({name: tensors[layout.canonical[name]] for name in layout.shapes})
+        return network
+
+    def _network(self, dataset_json: dict[str, Any]) -> nn.Module:
+        first = self.models[0]
+        network = build_network(first.plans, first.configuration, dataset_json, self.trainer, deep_supervision=False)
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def images(self, patches: Sequence[Patch]) -> torch.Tensor:
+        """A batch (patches, channels, *patch_size)."""
+        return torch.stack([patch.image for patch in patches]).to(self.device)
+
+    def targets(self, patches: Sequence[Patch], dataset_json: dict[str, Any] | None = None) -> torch.Tensor:
+        """What a model with these labels (default: the merged ones) should say: (patches, *patch_size) with the head's
+        rows for a softmax head, (patches, rows, *patch_size) of 0 and 1 for regions; IGNORED where the dataset ignores.
+
+        Raises TransplantError for a dataset that lacks a structure.
+        """
+        labels = self.dataset_json if dataset_json is None else dataset_json
+        return torch.from_numpy(np.stack([self._target(patch, labels) for patch in patches])).to(self.device)
+
+    def _target(self, patch: Patch, dataset_json: dict[str, Any]) -> np.ndarray:
+        rows = head_rows(self.models[0].plans, dataset_json)
+        regions = has_regions(dataset_json["labels"])
+        target = np.zeros(((len(rows),) if regions else ()) + patch.values.shape, np.int64)
+        own = foreground_values(patch.cases.dataset_json["labels"])
+        for structure, row in rows.items():
+            parts = origin(dataset_json, structure)
+            missing = [part for part in parts if part not in own]
+            if missing:
+                raise TransplantError(f"{patch.cases.dataset} has no label {missing[0]}, which {structure} consists of")
+            mask = np.isin(patch.values, [value for part in parts for value in own[part]])
+            if regions:
+                target[row] = mask
+            else:
+                target[mask] = row
+        ignore = patch.cases.dataset_json["labels"].get("ignore")
+        if ignore is not None:
+            target[..., patch.values == ignore] = IGNORED
+        return target
+
+    def bar(self, items: Any, what: str, total: int | None = None) -> tqdm:
+        return tqdm(items, desc=what, total=total, delay=3, disable=not self.progress)
+
+    def provenance(self) -> dict[str, Any]:
+        cases = {patch.cases.dataset: list(patch.cases.files) for patch in self.patches}
+        return {"datasets": cases, "n_cases": self.volumes.n_cases, "cases": self.volumes.cases,
+                "device": self.volumes.device} | self.found
+
+
+def module_weights(network: nn.Module) -> dict[str, nn.Module]:
+    """Canonical tensor name -> the module whose `weight` it is."""
+    canonical = canonical_names(network)
+    return {canonical[f"{name}.weight"]: module for name, module in network.named_modules()
+            if f"{name}.weight" in canonical}
+
+
+def open_calibration(volumes: Volumes, models: Sequence[TrainedModel], dataset_json: dict[str, Any],
+                     heads: dict[str, torch.Tensor], trainer: type[nnUNetTrainer],
+                     progress: bool = False) -> Calibration:
+    """Read and preprocess volumes by the models' plans and cut them into patches side by side.
+
+    Raises TransplantError for datasets, cases or channels that are not there, and for second stages of a cascade.
+    """
+    if volumes.n_cases < 1:
+        raise TransplantError(f"-n_cases must be at least 1, not {volumes.n_cases}")
+    plans = PlansManager(models[0].plans)
+    configuration = plans.get_configuration(models[0].configuration)
+    if configuration.previous_stage_name is not None:
+        raise TransplantError("methods that look at volumes cannot run the second stage of a cascade")
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    patches = []
+    for dataset in volumes.datasets:
+        cases = _choose(open_cases(dataset), volumes)
+        channels = models[0].dataset_json.get("channel_names", models[0].dataset_json.get("modality", {}))
+        for case, files in tqdm(cases.files.items(), desc=f"reading {cases.dataset}", delay=3, disable=not progress):
+            if len(files["images"]) != len(channels):
+                raise TransplantError(f"the models take {len(channels)} channels, {case} of {cases.dataset} has "
+                                      f"{len(files['images'])}")
+            data, seg, _ = preprocessor.run_case(files["images"], files["label"], plans, configuration,
+                                                 cases.dataset_json)
+            patches += _cut(np.asarray(data, np.float32), np.asarray(seg)[0], configuration.patch_size, cases)
+    return Calibration(models, dataset_json, heads, trainer, patches, volumes, progress)
+
+
+def _choose(cases: Cases, volumes: Volumes) -> Cases:
+    names = list(cases.files)
+    if volumes.cases is not None:
+        names = choose_cases(volumes.cases, names, open_splits(cases.dataset) or [])
+    step = max(1.0, len(names) / volumes.n_cases)
+    return cases.chosen([names[int(i * step)] for i in range(min(volumes.n_cases, len(names)))])
+
+
+def _cut(data: np.ndarray, seg: np.ndarray, patch_size: Sequence[int], cases: Cases) -> list[Patch]:
+    """Patches side by side that cover the volume, padded with zeros where it is smaller; 2d patches slice by slice."""
+    if len(patch_size) < seg.ndim:
+        return [patch for index in range(len(seg)) for patch in _cut(data[:, index], seg[index], patch_size, cases)]
+    missing = [max(0, size - have) for size, have in zip(patch_size, seg.shape, strict=True)]
+    padding = [(pad // 2, pad - pad // 2) for pad in missing]
+    data, seg = np.pad(data, [(0, 0), *padding]), np.pad(seg, padding)
+    steps = compute_steps_for_sliding_window(seg.shape, tuple(patch_size), 1.0)
+    patches = []
+    for corner in itertools.product(*steps):
+        inside = tuple(slice(start, start + size) for start, size in zip(corner, patch_size, strict=True))
+        patches.append(Patch(torch.from_numpy(data[(slice(None), *inside)].copy()), seg[inside].copy(), cases))
+    return patches

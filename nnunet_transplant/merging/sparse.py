@@ -1,0 +1,91 @@
+"""Methods that thin every task vector out before they add them: DARE, DELLA, Model Breadcrumbs."""
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nnunet_transplant.merging.registry import FREE_MEAN, LAMBDA, RATIOS, SEED, Method, Parameter, register
+from nnunet_transplant.merging.ties import disjoint_mean
+from nnunet_transplant.merging.vectors import Tensors, kept, kth_largest
+
+
+def weighted_sum(tensors: Tensors, taus: Sequence[torch.Tensor]) -> torch.Tensor:
+    """theta_0 + sum_t w_t tau_t of task vectors that a method has changed."""
+    merged = tensors.theta_0.clone()
+    for tau, weight in zip(taus, tensors.weights, strict=True):
+        merged.add_(tau, alpha=weight)
+    return merged
+
+
+def uniform_like(tau: torch.Tensor, tensors: Tensors, model: int, seed: int) -> torch.Tensor:
+    """Uniform random numbers in [0, 1) that depend on the seed, the model's position and the place in the network, not
+    on the order in which places are visited."""
+    place = hashlib.blake2b(f"{seed} {model} {tensors.name} {tensors.start}".encode(), digest_size=8).digest()
+    return torch.rand(tau.shape, generator=torch.Generator().manual_seed(int.from_bytes(place, "little") >> 1))
+
+
+def dare(tensors: Tensors, state: None, density: float, then: str, seed: int, **parameters: float) -> torch.Tensor:
+    """Drop entries of every task vector at random, scale the others by 1 / density, then add (linear) or elect signs
+    (ties)."""
+    taus = [torch.where(uniform_like(tau, tensors, model, seed) < density, tau, 0.0).div_(density)
+            for model, tau in enumerate(tensors.taus)]
+    if then == "linear":
+        taus = [parameters["lambda"] * tau for tau in taus]
+        return weighted_sum(tensors, taus)
+    return disjoint_mean(taus, tensors.weights).mul_(parameters["lambda"]).add_(tensors.theta_0)
+
+
+def della(tensors: Tensors, state: None, density: float, epsilon: float, seed: int,
+          **parameters: float) -> torch.Tensor:
+    """MagPrune, elect, fuse: as DARE with TIES, but larger entries are kept more often. Within a row of a matrix (the
+    weights of one output unit) the chance to be kept grows evenly with the rank of the magnitude, from
+    density - epsilon / 2 to density + epsilon / 2; what is kept is divided by its chance."""
+    taus = []
+    for model, tau in enumerate(tensors.taus):
+        rows = tau.reshape(len(tau), -1) if tau.dim() > 1 else tau.reshape(1, -1)
+        length = rows.shape[1]
+        ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1)  # 0: the smallest
+        chance = density + epsilon * (ranks / max(1, length - 1) - 0.5)
+        chance = chance.clamp_(0.0, 1.0) if length > 1 else torch.full_like(rows, density)
+        keep = uniform_like(rows, tensors, model, seed) < chance
+        taus.append(torch.where(keep, rows / chance, 0.0).reshape(tau.shape))
+    return disjoint_mean(taus, tensors.weights).mul_(parameters["lambda"]).add_(tensors.theta_0)
+
+
+def breadcrumbs(tensors: Tensors, state: None, density: float, gamma: float) -> torch.Tensor:
+    """Leave out of each tensor of each task vector the gamma share of largest entries and all but the density share of
+    the next largest."""
+    return weighted_sum(tensors, [middle(tau, density, gamma) for tau in tensors.taus])
+
+
+def middle(tau: torch.Tensor, density: float, gamma: float) -> torch.Tensor:
+    magnitudes = tau.abs().reshape(-1).numpy()
+    outliers = min(round(gamma * magnitudes.size), magnitudes.size - 1)
+    count = min(kept(density, magnitudes.size), magnitudes.size - outliers)
+    largest, smallest = kth_largest(magnitudes, outliers + 1), kth_largest(magnitudes, outliers + count)
+    inside = (magnitudes >= np.float32(smallest)) & (magnitudes <= np.float32(largest))
+    return torch.where(torch.from_numpy(inside).reshape(tau.shape), tau, 0.0)
+
+
+register(Method(
+    name="dare", summary="drop entries of each task vector at random and rescale the rest, then add or elect signs",
+    reference="Language Models are Super Mario, Yu et al., ICML 2024",
+    merge=dare, weights_rule=FREE_MEAN, by_entry=True,
+    parameters=(Parameter("density", 0.1, "share of entries that survive", 1e-4, 1.0), LAMBDA,
+                Parameter("then", "linear", "how the thinned task vectors are merged: weighted sum, or TIES' election "
+                                            "of signs", choices=("linear", "ties")), SEED)))
+register(Method(
+    name="della", summary="drop entries at random, small ones more often, rescale, elect signs, average",
+    reference="DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling, Deep et al., "
+              "2024",
+    merge=della, weights_rule=RATIOS,
+    parameters=(Parameter("density", 0.5, "mean share of entries that survive", 1e-4, 1.0),
+                Parameter("epsilon", 0.2, "how much likelier the largest entry of a row survives than the smallest",
+                          0.0, 1.0), LAMBDA, SEED)))
+register(Method(
+    name="breadcrumbs", summary="leave out the largest and the many small entries of each tensor of a task vector, add",
+    reference="Model Breadcrumbs, Davari and Belilovsky, ECCV 2024",
+    merge=breadcrumbs, weights_rule=FREE_MEAN,
+    parameters=(Parameter("density", 0.15, "share of a tensor's entries that are kept", 0.0, 1.0),
+                Parameter("gamma", 0.01, "share of its largest entries that are left out", 0.0, 1.0))))
