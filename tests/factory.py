@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import SimpleITK
 import torch
 
 from nnunet_transplant.architecture import build_network, layout
@@ -46,7 +48,7 @@ def small_plans(dim: int = 3, residual: bool = False, patch: int = 16, spacing: 
             "original_median_spacing_after_transp": [spacing] * 3, "original_median_shape_after_transp": [patch] * 3,
             "image_reader_writer": "SimpleITKIO", "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
             "configurations": {name: configuration}, "experiment_planner_used": "ExperimentPlanner",
-            "label_manager": "LabelManager", "foreground_intensity_properties_per_channel": {}}
+            "label_manager": "LabelManager", "foreground_intensity_properties_per_channel": {"0": {}}}
 
 
 def dataset_json(labels: dict, regions_class_order: list[int] | None = None, **more: object) -> dict:
@@ -98,6 +100,25 @@ def write_model(folder: Path, labels: dict | None = None, order: list[int] | Non
                 "init_args": {"configuration": configuration, "fold": fold, "plans": plans, "dataset_json": content},
                 "trainer_name": "nnUNetTrainer", "inference_allowed_mirroring_axes": axes, **record}, path)
     return folder
+
+
+def write_volumes(raw: Path, name: str, labels: dict, cases: int = 3, shape: tuple[int, ...] = (20, 18, 22)) -> Path:
+    """A raw dataset of random images and random boxes of every label."""
+    rng = np.random.default_rng(0)
+    for part in ("imagesTr", "labelsTr"):
+        (raw / name / part).mkdir(parents=True)
+    values = sorted({value for label in labels.values() for value in (label if isinstance(label, list) else [label])})
+    for case in range(cases):
+        segmentation = np.zeros(shape, np.uint8)
+        for value in values[1:]:
+            corner = [rng.integers(0, size - 6) for size in shape]
+            segmentation[tuple(slice(start, start + 6) for start in corner)] = value
+        image = (segmentation + rng.normal(0, 0.3, shape)).astype(np.float32)
+        for array, path in ((image, f"imagesTr/case_{case}_0000.nii.gz"),
+                            (segmentation, f"labelsTr/case_{case}.nii.gz")):
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), raw / name / path)
+    (raw / name / "dataset.json").write_text(json.dumps(dataset_json(labels) | {"numTraining": cases}))
+    return raw / name
 
 
 def base_network(labels: dict | None = None, plans: dict | None = None, seed: int = 99) -> torch.nn.Module:

@@ -47,8 +47,8 @@ def sampled(logits: torch.Tensor, regions: bool, generator: torch.Generator) -> 
     """Labels drawn voxel by voxel from what the network predicts."""
     if regions:
         return torch.bernoulli(logits.sigmoid(), generator=generator).long()
-    noise = torch.empty_like(logits).exponential_(generator=generator)  # Gumbel's trick, without a copy by classes
-    return (logits.softmax(1) / noise).argmax(1)
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(1) / noise).argmax(1)  # the Gumbel-max trick
 
 
 def log_likelihood(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torch.Tensor:

@@ -165,8 +165,8 @@ def _base(method: Method, held_back: bool, models: Sequence[TrainedModel],
         return None
     kept = next((theta_0 for theta_0 in (model.theta_0() for model in models) if theta_0 is not None), None)
     if kept is None:
-        needing = f"method {method.name}" if method.needs_base else "-keep_base_for and -stage_weights"
-        raise TransplantError(f"{needing} needs theta_0, the base these models were fine-tuned from: the "
+        needing = f"method {method.name} needs" if method.needs_base else "-keep_base_for and -stage_weights need"
+        raise TransplantError(f"{needing} theta_0, the base these models were fine-tuned from: the "
                               "model folders keep none (stock fine-tuning does not), so give it with -base")
     unknown = [model.name for model in models if model.theta_0_sha256 is None]
     if unknown:

@@ -109,6 +109,21 @@ def register(method: Method) -> Method:
     return method
 
 
+def markdown_table() -> str:
+    """All methods as documentation/methods.md lists them."""
+    rows = ["| method | what it does | needs | weights | parameters | source |", "| --- | --- | --- | --- | --- | --- |"]
+    for method in METHODS.values():
+        parameters = "<br>".join(f"`-{p.name}` {_text(p.default)}: {p.help}" for p in method.parameters)
+        needs = ", ".join(method.needs) + f" (at most {method.max_models} models)" * (method.max_models is not None)
+        rows.append(f"| `{method.name}` | {method.summary} | {needs} | {method.weights_rule.text} | {parameters} | "
+                    f"{method.reference} |")
+    return "\n".join(rows)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def find(name: str) -> Method:
     if name not in METHODS:
         raise TransplantError(f"there is no merging method '{name}'; choose from {', '.join(METHODS)}")
