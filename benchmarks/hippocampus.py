@@ -14,6 +14,7 @@ from pathlib import Path
 from methods import merge_and_score
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from steps import PLANS, Steps, write_small_plans, write_splits
+from task_vector_files import size_and_dice
 
 BASE = "nnUNetTrainerStable_10epochs_150iterations_NoMirroring"
 TASK = "nnUNetTrainerTaskVector_10epochs_50iterations_NoMirroring"
@@ -52,6 +53,7 @@ def main() -> None:
 
     merge_and_score(run, [experts["Anterior"], experts["Posterior"]], {"base": base, **experts, "stock": stock},
                     dataset=4, fold=1, device=args.device)
+    size_and_dice(run, experts["Anterior"], base, dataset=4, fold=1, device=args.device)
     print(run.log.read_text())
 
 

@@ -18,13 +18,14 @@ class Cases:
     dataset_json: dict[str, Any]
     files: dict[str, dict[str, Any]]  # case -> {"images": one path for each channel, "label": path}
 
-    def chosen(self, cases: list[str]) -> "Cases":
-        """Only these cases. Raises TransplantError for one that the dataset does not have or a file that is missing."""
+    def chosen(self, cases: list[str], labelled: bool = True) -> "Cases":
+        """Only these cases. Raises TransplantError for one that the dataset does not have or a file that is missing;
+        label maps may be, unless `labelled`."""
         for case in cases:
             if case not in self.files:
                 raise TransplantError(f"case {case} has no images in {self.dataset} of nnUNet_raw")
-            missing = [path for path in (*self.files[case]["images"], self.files[case]["label"])
-                       if not Path(path).is_file()]
+            files = [*self.files[case]["images"], *([self.files[case]["label"]] if labelled else [])]
+            missing = [path for path in files if not Path(path).is_file()]
             if missing:
                 raise TransplantError(f"case {case} of {self.dataset}: there is no file {missing[0]}")
         return replace(self, files={case: self.files[case] for case in cases})

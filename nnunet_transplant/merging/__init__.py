@@ -5,7 +5,7 @@ from nnunet_transplant.merging import fisher, regmean, coefficients  # noqa: F40
 # isort: on
 from nnunet_transplant.merging.calibration import Volumes
 from nnunet_transplant.merging.merge import MergedModel, Recipe, merge_folders, merge_groups, merge_models, write_merge
-from nnunet_transplant.merging.registry import METHODS, Method, Parameter
+from nnunet_transplant.merging.registry import METHODS, Method, Parameter, markdown_table
 
-__all__ = ["METHODS", "MergedModel", "Method", "Parameter", "Recipe", "Volumes", "merge_folders", "merge_groups",
-           "merge_models", "write_merge"]
+__all__ = ["METHODS", "MergedModel", "Method", "Parameter", "Recipe", "Volumes", "markdown_table", "merge_folders",
+           "merge_groups", "merge_models", "write_merge"]

@@ -1,7 +1,8 @@
 """The volumes that data-driven methods look at, preprocessed as the models want them and cut into patches."""
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ class Volumes:
 @dataclass(frozen=True)
 class Patch:
     """A patch of a preprocessed volume, of the plans' patch size."""
-    image: torch.Tensor       # (channels, *patch_size), float32
-    values: np.ndarray        # (*patch_size): the dataset's own label values
-    cases: Cases              # the dataset it comes from
+    image: torch.Tensor        # (channels, *patch_size), float32
+    values: np.ndarray | None  # (*patch_size): the dataset's own label values, where the case has a label map
+    cases: Cases               # the dataset it comes from
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,14 @@ class Calibration:
         """What a model with these labels (default: the merged ones) should say: (patches, *patch_size) with the head's
         rows for a softmax head, (patches, rows, *patch_size) of 0 and 1 for regions; IGNORED where the dataset ignores.
 
-        Raises TransplantError for a dataset that lacks a structure.
+        Raises TransplantError for a dataset that lacks a structure, or the label map of a case.
         """
         labels = self.dataset_json if dataset_json is None else dataset_json
         return torch.from_numpy(np.stack([self._target(patch, labels) for patch in patches])).to(self.device)
 
     def _target(self, patch: Patch, dataset_json: dict[str, Any]) -> np.ndarray:
+        if patch.values is None:
+            raise TransplantError(f"{patch.cases.dataset} has cases without labels, which this method needs")
         rows = head_rows(self.models[0].plans, dataset_json)
         regions = has_regions(dataset_json["labels"])
         target = np.zeros(((len(rows),) if regions else ()) + patch.values.shape, np.int64)
@@ -156,9 +159,10 @@ def open_calibration(volumes: Volumes, models: Sequence[TrainedModel], dataset_j
             if len(files["images"]) != len(channels):
                 raise TransplantError(f"the models take {len(channels)} channels, {case} of {cases.dataset} has "
                                       f"{len(files['images'])}")
-            data, seg, _ = preprocessor.run_case(files["images"], files["label"], plans, configuration,
-                                                 cases.dataset_json)
-            patches += _cut(np.asarray(data, np.float32), np.asarray(seg)[0], configuration.patch_size, cases)
+            labels = files["label"] if Path(files["label"]).is_file() else None
+            data, seg, _ = preprocessor.run_case(files["images"], labels, plans, configuration, cases.dataset_json)
+            cut = _cut(np.asarray(data, np.float32), np.asarray(seg)[0], configuration.patch_size, cases)
+            patches += cut if labels else [replace(patch, values=None) for patch in cut]
     return Calibration(models, dataset_json, heads, trainer, patches, volumes, progress)
 
 
@@ -167,7 +171,7 @@ def _choose(cases: Cases, volumes: Volumes) -> Cases:
     if volumes.cases is not None:
         names = choose_cases(volumes.cases, names, open_splits(cases.dataset) or [])
     step = max(1.0, len(names) / volumes.n_cases)
-    return cases.chosen([names[int(i * step)] for i in range(min(volumes.n_cases, len(names)))])
+    return cases.chosen([names[int(i * step)] for i in range(min(volumes.n_cases, len(names)))], labelled=False)
 
 
 def _cut(data: np.ndarray, seg: np.ndarray, patch_size: Sequence[int], cases: Cases) -> list[Patch]:

@@ -8,6 +8,7 @@ from nnunet_transplant.merging.vectors import TaskVectors, Tensors, in_parallel,
 
 CLIPPED = 1e-4  # share of smallest and of largest magnitudes that competition balancing clips
 TINY = 1e-30    # keeps 0 / 0 at 0
+LARGEST_EXPONENT = 60  # exp of 89 is Inf in float32
 
 
 def consensus(tensors: Tensors, state: None, tall_lambda: float, k: int) -> torch.Tensor:
@@ -20,9 +21,10 @@ def consensus(tensors: Tensors, state: None, tall_lambda: float, k: int) -> torc
 
 
 def magmax(tensors: Tensors, state: None, **parameters: float) -> torch.Tensor:
-    """theta_0 + lambda tau_s, where entry by entry s is the task of the largest w_s |tau_s|."""
-    best, largest = tensors.taus[0].clone(), tensors.weights[0] * tensors.taus[0].abs()
-    for tau, weight in zip(tensors.taus[1:], tensors.weights[1:], strict=True):
+    """theta_0 + lambda tau_s, where entry by entry s is the task of the largest w_s |tau_s|, of those with a weight."""
+    weighted = [(tau, weight) for tau, weight in zip(tensors.taus, tensors.weights, strict=True) if weight > 0]
+    best, largest = weighted[0][0].clone(), weighted[0][1] * weighted[0][0].abs()
+    for tau, weight in weighted[1:]:
         magnitude = weight * tau.abs()
         larger = magnitude > largest
         best, largest = torch.where(larger, tau, best), torch.where(larger, magnitude, largest)
@@ -42,15 +44,18 @@ def competition(vectors: TaskVectors, density: float, **_: float) -> list[tuple[
         magnitudes, few = tau.abs().numpy(), round(CLIPPED * tau.numel())
         low, high = kth_largest(magnitudes, magnitudes.size - few), kth_largest(magnitudes, 1 + few)
         scores = score(tau, torch.from_numpy(total), low, high, len(models)).numpy()
-        return low, high, kth_largest(scores, kept(density, scores.size)), float(scores.max())
+        return low, high, kth_largest(scores, kept(density, scores.size)), float(scores.max(initial=-np.inf))
     return list(in_parallel(of_model, models))
 
 
 def score(tau: torch.Tensor, total: torch.Tensor, low: float, high: float, models: int) -> torch.Tensor:
     """How strongly a task claims each entry: intra-balancing exp(T n^2), where n is |tau_t| clipped and scaled to
-    [0, 1], times inter-balancing tanh(tau_t sum_s tau_s)."""
-    normalised = (tau.abs().clamp_(low, high) - low).div_(max(high - low, TINY))
-    return normalised.square_().mul_(models).exp_().mul_((tau * total).tanh_())
+    [0, 1], times inter-balancing tanh(tau_t sum_s tau_s). Of many models all scores are smaller by one factor, which
+    cancels out."""
+    exponent = (tau.abs().clamp_(low, high) - low).div_(max(high - low, TINY)).square_().mul_(models)
+    if models > LARGEST_EXPONENT:
+        exponent.sub_(models - LARGEST_EXPONENT)
+    return exponent.exp_().mul_((tau * total).tanh_())
 
 
 def pcb(tensors: Tensors, state: list[tuple[float, float, float, float]], density: float,

@@ -111,7 +111,8 @@ def register(method: Method) -> Method:
 
 def markdown_table() -> str:
     """All methods as documentation/methods.md lists them."""
-    rows = ["| method | what it does | needs | weights | parameters | source |", "| --- | --- | --- | --- | --- | --- |"]
+    columns = ("method", "what it does", "needs", "weights", "parameters", "source")
+    rows = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for method in METHODS.values():
         parameters = "<br>".join(f"`-{p.name}` {_text(p.default)}: {p.help}" for p in method.parameters)
         needs = ", ".join(method.needs) + f" (at most {method.max_models} models)" * (method.max_models is not None)

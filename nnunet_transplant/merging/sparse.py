@@ -27,13 +27,15 @@ def uniform_like(tau: torch.Tensor, tensors: Tensors, model: int, seed: int) -> 
 
 def dare(tensors: Tensors, state: None, density: float, then: str, seed: int, **parameters: float) -> torch.Tensor:
     """Drop entries of every task vector at random, scale the others by 1 / density, then add (linear) or elect signs
-    (ties)."""
+    (ties; a task vector of negative weight counts as its opposite, of that weight without its sign)."""
     taus = [torch.where(uniform_like(tau, tensors, model, seed) < density, tau, 0.0).div_(density)
             for model, tau in enumerate(tensors.taus)]
     if then == "linear":
         taus = [parameters["lambda"] * tau for tau in taus]
         return weighted_sum(tensors, taus)
-    return disjoint_mean(taus, tensors.weights).mul_(parameters["lambda"]).add_(tensors.theta_0)
+    taus = [tau if weight >= 0 else tau.neg_() for tau, weight in zip(taus, tensors.weights, strict=True)]
+    weights = [abs(weight) for weight in tensors.weights]
+    return disjoint_mean(taus, weights).mul_(parameters["lambda"]).add_(tensors.theta_0)
 
 
 def della(tensors: Tensors, state: None, density: float, epsilon: float, seed: int,
@@ -43,7 +45,7 @@ def della(tensors: Tensors, state: None, density: float, epsilon: float, seed: i
     density - epsilon / 2 to density + epsilon / 2; what is kept is divided by its chance."""
     taus = []
     for model, tau in enumerate(tensors.taus):
-        rows = tau.reshape(len(tau), -1) if tau.dim() > 1 else tau.reshape(1, -1)
+        rows = tau.flatten(1) if tau.dim() > 1 else tau.reshape(1, -1)
         length = rows.shape[1]
         ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1)  # 0: the smallest
         chance = density + epsilon * (ranks / max(1, length - 1) - 0.5)

@@ -15,18 +15,19 @@ Decomposition = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # U, S, V with 
 NEGLIGIBLE = 1e-7  # singular values below this share of the largest are rounding errors of float32
 
 
-def thin_svd(matrix: torch.Tensor) -> Decomposition:
-    """U, S, V with matrix = U diag(S) V^T, the largest first, without those that are only rounding errors; float64.
+def thin_svd(matrix: torch.Tensor, smallest: float = 0.0) -> Decomposition:
+    """U, S, V with matrix = U diag(S) V^T, the largest first, without those that are only rounding errors or not above
+    `smallest`; float64.
 
     From the eigenvectors of the smaller Gram matrix: kernels are much wider than high.
     """
     matrix = matrix.double()
     if matrix.shape[0] > matrix.shape[1]:
-        V, S, U = thin_svd(matrix.T)
+        V, S, U = thin_svd(matrix.T, smallest)
         return U, S, V
     values, U = torch.linalg.eigh(matrix @ matrix.T)
     S, U = values.clamp(min=0).sqrt().flip(0), U.flip(1)
-    large = NEGLIGIBLE * S[:1] < S
+    large = (NEGLIGIBLE * S[:1]).clamp(min=smallest) < S
     S, U = S[large], U[:, large]
     return U, S, (matrix.T @ U) / S
 
@@ -83,9 +84,12 @@ def iso_cts(tensors: Tensors, state: None, common: float, **parameters: float) -
         return mean_added(tensors, parameters["lambda"])
     full = min(matrices[0].shape)
     each = (full - round(common * full)) // len(matrices)
-    shared = cut(thin_svd(sum(matrices)), full - each * len(matrices))
-    outside = [matrix.double() - shared[0] @ (shared[0].T @ matrix.double()) for matrix in matrices]
-    U, S, V = concatenated([shared, *(cut(thin_svd(matrix), each) for matrix in outside)])
+    matrices = [matrix.double() for matrix in matrices]
+    total = sum(matrices)
+    shared = cut(thin_svd(total), full - each * len(matrices))
+    rounding = NEGLIGIBLE * max(float(matrix.norm()) for matrix in (total, *matrices))
+    outside = (matrix - shared[0] @ (shared[0].T @ matrix) for matrix in matrices)
+    U, S, V = concatenated([shared, *(cut(thin_svd(matrix, rounding), each) for matrix in outside)])
     mean = S.sum() / full
     return added(tensors, mean * nearest_orthogonal(U) @ nearest_orthogonal(V).T, parameters["lambda"])
 

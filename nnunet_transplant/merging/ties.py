@@ -16,7 +16,7 @@ def thresholds(vectors: TaskVectors, density: float, trim: str, **_: float) -> l
             return dict.fromkeys(vectors.names, 0.0)
         if trim == "tensor":
             taus = zip(vectors.names, vectors.tau(model), strict=True)
-            return {name: smallest_kept(tau.numpy(), density) for name, tau in taus if tau.numel()}
+            return {name: smallest_kept(tau.numpy(), density) for name, tau in taus}
         return dict.fromkeys(vectors.names, smallest_kept(vectors.flat_tau(model), density))
     return list(in_parallel(of_model, range(len(vectors.thetas))))
 

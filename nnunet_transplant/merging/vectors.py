@@ -72,11 +72,13 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> It
 
 
 def kth_largest(values: np.ndarray, k: int) -> float:
-    """The k-th largest of a vector's entries, exactly.
+    """The k-th largest of a vector's entries, exactly; 0 where there are none.
 
     In long vectors a sample finds an interval that holds it, so that only the few entries inside are sorted.
     """
     size = values.size
+    if size == 0:
+        return 0.0
     if size > 1 << 18:
         sample = np.sort(values[::size >> 14])
         rank, margin = (1 - k / size) * sample.size, 4 * sample.size ** 0.5

@@ -11,7 +11,7 @@ import pytest
 import torch
 from factory import base_network, run_command, small_plans, write_model
 
-COMMANDS = ("trainers", "split_tasks", "merge", "predict", "evaluate", "demo")
+COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "demo")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The patches that data-driven methods look at: the volumes as nnU-Net preprocesses them, with the right labels."""
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from factory import base_network, small_plans, write_model, write_volumes
 
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import join, merged_dataset_json
+from nnunet_transplant.merging import Recipe, merge_folders
 from nnunet_transplant.merging.calibration import IGNORED, Calibration, Volumes, open_calibration
 from nnunet_transplant.merging.merge import _merge_heads
 from nnunet_transplant.model_folder import open_models
@@ -137,3 +139,15 @@ def test_a_missing_label_is_refused(tmp_path: Path, raw: Path) -> None:
     calibration = opened(tmp_path, [write_model(tmp_path / "m", {"background": 0, "Heart": 1})], Volumes([501], 1))
     with pytest.raises(TransplantError, match="has no label Heart"):
         calibration.targets(calibration.patches[:1])
+
+
+def test_volumes_without_labels_serve_methods_that_need_none(tmp_path: Path, raw: Path) -> None:
+    shutil.rmtree(raw / "Dataset501_Boxes" / "labelsTr")
+    models = [write_model(tmp_path / name, {"background": 0, name: 1}, base=base_network(), seed=i)
+              for i, name in enumerate(("Liver", "Spleen"))]
+    for method in ("fisher", "regmean"):
+        merge_folders(models, recipe=Recipe(method, volumes=Volumes([501], 1)))
+    for recipe in (Recipe("learned", volumes=Volumes([501], 1)),
+                   Recipe("fisher", parameters={"labels": "dataset"}, volumes=Volumes([501], 1))):
+        with pytest.raises(TransplantError, match="has cases without labels"):
+            merge_folders(models, recipe=recipe)
