@@ -2,12 +2,11 @@
 
     python benchmarks/brain.py MAKE_BRAIN_DATASET.PY WORK
 
-Pre-trains on T1 contrast with all 11 structures (subjects 1 to 10): first the stock trainer, because the short schedule
-of a CPU is too short for the small structures under dropout, then nnUNetTrainerStable from its weights. Fine-tunes four
-tasks of one structure each and all four together (Joint) on T2 contrast (subjects 11 to 14), merges the four tasks by
-every method, and scores everything on subjects 15 and 16, which no model saw. MAKE_BRAIN_DATASET.PY renders the volumes
-(4 mm) from label maps. Every step is a command a user types; a step whose result is there is skipped, so an interrupted
-run goes on.
+Pre-trains on T1 contrast with all 11 structures (subjects 1 to 10), fine-tunes four tasks of one structure each and all
+four together (Joint) on T2 contrast (subjects 11 to 14), merges the four tasks by every method, and scores everything
+on subjects 15 and 16, which no model saw. MAKE_BRAIN_DATASET.PY renders the volumes (4 mm) from label maps. The base
+comes from the stock trainer: in as many steps (2000) nnUNetTrainerStable, with its dropout, does not learn the small
+structures. Every step is a command a user types; one whose result is there is skipped, so an interrupted run goes on.
 """
 import argparse
 from pathlib import Path
@@ -15,8 +14,7 @@ from pathlib import Path
 from methods import merge_and_score
 from steps import PLANS, Steps, write_small_plans, write_splits
 
-STOCK = "nnUNetTrainer_16epochs_125iterations_NoMirroring"
-BASE = "nnUNetTrainerStable_10epochs_100iterations_NoMirroring"
+BASE = "nnUNetTrainer_16epochs_125iterations_NoMirroring"
 TASK = "nnUNetTrainerTaskVector_10epochs_30iterations_NoMirroring"
 STRUCTURES = ("Thalamus", "LateralVentricle", "Cerebellum", "Brainstem")
 TASKS = {911: "Thalamus", 912: "LateralVentricle", 913: "Cerebellum", 914: "Brainstem", 915: "Joint"}
@@ -47,11 +45,9 @@ def train(run: Steps, renderer: Path, device: str) -> dict[str, Path]:
     cases = sorted(path.name.removesuffix(".nii.gz") for path in (run.raw / T1 / "labelsTr").iterdir())
     write_splits(run.preprocessed / T1, [{"train": cases[:-RENDERS], "val": cases[-RENDERS:]}])
     options = f"-p {PLANS} -device {device}"
-    stock = run.model(T1, STOCK) / "fold_0" / "checkpoint_final.pth"
-    run(stock, f"nnUNetv2_train 201 3d_fullres 0 -tr {STOCK} {options}")
     base = run.model(T1, BASE)
     checkpoint = base / "fold_0" / "checkpoint_final.pth"
-    run(checkpoint, f"nnUNetv2_train 201 3d_fullres 0 -tr {BASE} {options} -pretrained_weights {stock}")
+    run(checkpoint, f"nnUNetv2_train 201 3d_fullres 0 -tr {BASE} {options}")
 
     # T2 is preprocessed by the base's plans, so that every task has what the base was trained on
     whole = run.preprocessed / T2

@@ -42,8 +42,7 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-chk", default=CHECKPOINT, metavar="NAME", help=f"checkpoint to take; default {CHECKPOINT}")
     parser.add_argument("-base", type=Path, help="theta_0 for task vector files and for models that do not record it: "
                                                  "model folder, checkpoint or theta_0 file")
-    parser.add_argument("-method", metavar="NAME", help="; ".join(
-        f"{method.name}: {method.summary}" for method in METHODS.values()) + "; default average")
+    parser.add_argument("-method", metavar="NAME", help="merging method, listed below; default average")
     rules: dict[str, list[str]] = {}
     for method in METHODS.values():
         rules.setdefault(method.weights_rule.text, []).append(method.name)
@@ -59,15 +58,19 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-cases", metavar="FILE|train:K|val:K", help="take them from these cases; default all")
     parser.add_argument("-data_device", choices=("cpu", "cuda"), default="cpu", help="where methods with volumes run "
                         "the networks; default cpu")
+    group = parser.add_argument_group("parameters of the methods")
     for name in dict.fromkeys(p.name for method in METHODS.values() for p in method.parameters):
         owners = [(method, p) for method in METHODS.values() for p in method.parameters if p.name == name]
         text = "; ".join(f"{', '.join(method.name for method, p in owners if (p.help, p.default) == said)}: "
                          f"{said[0]}, default {said[1]}" for said in dict.fromkeys((p.help, p.default)
                                                                                     for _, p in owners))
-        parser.add_argument(f"-{name}", type=owners[0][1].kind, metavar="X", help=text,
-                            choices=owners[0][1].choices or None)
+        group.add_argument(f"-{name}", type=owners[0][1].kind, metavar="X", help=text,
+                           choices=owners[0][1].choices or None)
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="load checkpoints that ask for more than weights; they can run code")
+    parser.epilog += "\n\nmethods:\n" + "\n".join(
+        f"  {method.name:<16}{method.summary}" + f" [needs {', '.join(method.needs)}]" * bool(method.needs)
+        for method in METHODS.values())
 
 
 def recipe_from(args: Namespace, start: Recipe) -> Recipe:

@@ -6,9 +6,7 @@ import torch
 from tqdm import tqdm
 
 from nnunet_transplant.merging.registry import Method
-from nnunet_transplant.merging.vectors import TaskVectors, Tensors, in_parallel
-
-BLOCK = 1 << 17  # entries; what a method makes of a block stays in the cache
+from nnunet_transplant.merging.vectors import TaskVectors, Tensors, blocks, in_parallel
 
 Network = Mapping[str, torch.Tensor]
 
@@ -60,6 +58,4 @@ def merge_tensors(method: Method, settings: Mapping[str, Any], weights: Sequence
 
 
 def _pieces(name: str, size: int, by_entry: bool) -> list[Piece]:
-    if not by_entry or size <= BLOCK:
-        return [Piece(name)]
-    return [Piece(name, start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+    return [Piece(name, *block) for block in blocks(size)] if by_entry else [Piece(name)]

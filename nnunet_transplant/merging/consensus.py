@@ -3,11 +3,18 @@ import numpy as np
 import torch
 
 from nnunet_transplant.merging.registry import FREE_MEAN, LAMBDA, RATIOS, Method, Parameter, register
-from nnunet_transplant.merging.sparse import weighted_sum
-from nnunet_transplant.merging.vectors import TaskVectors, Tensors, in_parallel, kept, kth_largest
+from nnunet_transplant.merging.vectors import (
+    TINY,
+    TaskVectors,
+    Tensors,
+    at_least,
+    in_parallel,
+    kept,
+    kth_largest,
+    where_one,
+)
 
 CLIPPED = 1e-4  # share of smallest and of largest magnitudes that competition balancing clips
-TINY = 1e-30    # keeps 0 / 0 at 0
 LARGEST_EXPONENT = 60  # exp of 89 is Inf in float32
 
 
@@ -15,20 +22,22 @@ def consensus(tensors: Tensors, state: None, tall_lambda: float, k: int) -> torc
     """Task t uses an entry where |tau_t| >= tall_lambda |sum_s tau_s - tau_t| (its TALL mask); entries that fewer than
     k tasks use (at most all of them) stay at theta_0."""
     total = sum(tensors.taus)
-    users = sum((tau.abs() >= tall_lambda * (total - tau).abs()).int() for tau in tensors.taus)
-    agreed = users >= min(k, len(tensors.taus))
-    return weighted_sum(tensors, [torch.where(agreed, tau, 0.0) for tau in tensors.taus])
+    users = sum(at_least(tau.abs(), (total - tau).abs_().mul_(tall_lambda)) for tau in tensors.taus)
+    agreed = at_least(users, torch.tensor(float(min(k, len(tensors.taus)))))
+    merged = torch.zeros_like(total)
+    for tau, weight in zip(tensors.taus, tensors.weights, strict=True):
+        merged.add_(tau, alpha=weight)
+    return merged.mul_(agreed).add_(tensors.theta_0)
 
 
 def magmax(tensors: Tensors, state: None, **parameters: float) -> torch.Tensor:
-    """theta_0 + lambda tau_s, where entry by entry s is the task of the largest w_s |tau_s|, of those with a weight."""
-    weighted = [(tau, weight) for tau, weight in zip(tensors.taus, tensors.weights, strict=True) if weight > 0]
-    best, largest = weighted[0][0].clone(), weighted[0][1] * weighted[0][0].abs()
-    for tau, weight in weighted[1:]:
-        magnitude = weight * tau.abs()
-        larger = magnitude > largest
-        best, largest = torch.where(larger, tau, best), torch.where(larger, magnitude, largest)
-    return best.mul_(parameters["lambda"]).add_(tensors.theta_0)
+    """theta_0 + lambda tau_s, where entry by entry s is the task of the largest w_s |tau_s|, the first of equals."""
+    best, largest = tensors.taus[0], tensors.weights[0] * tensors.taus[0].abs()
+    for tau, weight in zip(tensors.taus[1:], tensors.weights[1:], strict=True):
+        magnitude = tau.abs().mul_(weight)
+        best = where_one(at_least(largest, magnitude), best, tau)
+        largest = torch.maximum(largest, magnitude)
+    return tensors.theta_0.add(best, alpha=parameters["lambda"])
 
 
 def competition(vectors: TaskVectors, density: float, **_: float) -> list[tuple[float, float, float, float]]:
@@ -67,7 +76,7 @@ def pcb(tensors: Tensors, state: list[tuple[float, float, float, float]], densit
     for tau, weight, (low, high, smallest, largest) in zip(tensors.taus, tensors.weights, state, strict=True):
         claim = score(tau, total, low, high, len(tensors.taus)).sub_(smallest).clamp_(min=0.0)
         claim.mul_(weight / max(largest - smallest, TINY))
-        merged.addcmul_(claim, tau.sign() * tau.abs().clamp_(low, high))
+        merged.addcmul_(claim, tau.abs().clamp_(low, high).mul_(tau.sgn()))
         claims.add_(claim)
     return merged.div_(claims.clamp_(min=TINY)).mul_(parameters["lambda"]).add_(tensors.theta_0)
 

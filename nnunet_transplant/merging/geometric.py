@@ -1,6 +1,6 @@
 """Methods that look at angles: between models on a sphere (slerp, Karcher mean), between task vectors (Model Stock)."""
-import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -40,41 +40,63 @@ def karcher(tensors: Tensors, state: None = None, iterations: int = 100) -> torc
     """The mean length times the Riemannian mean of the directions: the point of the sphere whose tangent vectors to the
     models, weighted, sum to zero. Found by steps along their sum; models that are zero have no direction.
 
-    Raises nothing where it is not unique (opposite models): it is then the last point reached.
+    Every point on the way is sum_t c_t theta_t, so only the products of the models with each other are needed. Where
+    the mean is not unique (opposite models) it is the last point reached.
     """
-    lengths = [float(theta.double().norm()) for theta in tensors.thetas]
-    pairs = [(weight, unit(theta.double())) for weight, theta, length in
-             zip(tensors.weights, tensors.thetas, lengths, strict=True) if length > 0 and weight > 0]
-    start = sum((weight * direction for weight, direction in pairs), torch.zeros(()))
-    if len(pairs) < 2 or not start.norm() > 0:
+    products = inner_products(tensors.thetas)
+    lengths = products.diagonal().sqrt()
+    shares = torch.tensor(tensors.weights, dtype=torch.float64) * (lengths > 0)
+    if int((shares > 0).sum()) < 2:
         return average(tensors)
-    total = sum(weight for weight, _ in pairs)
-    point = unit(start)
+    cosines = products / torch.outer(lengths, lengths).clamp(min=1e-300)
+    shares = shares / shares.sum()
+    point = shares.clone()  # coefficients of the directions
+    if not float(point @ cosines @ point) > 1e-20:
+        return average(tensors)
     for _ in range(iterations):
-        step = torch.zeros_like(point)
-        for weight, direction in pairs:
-            across = direction - (direction * point).sum() * point
-            arc = angle(point, direction)
-            if PARALLEL < arc < math.pi - PARALLEL:
-                step.add_(across, alpha=weight / total * arc / float(across.norm()))
-            elif arc <= PARALLEL:
-                step.add_(across, alpha=weight / total)
-        size = float(step.norm())
+        point = point / (point @ cosines @ point).sqrt()
+        to_models = (cosines @ point).clamp(-1, 1)
+        arcs = torch.arccos(to_models)
+        # log map: direction t minus its part along the point, at the arc's length
+        rates = shares * torch.where((arcs > PARALLEL) & (arcs < math.pi - PARALLEL), arcs / arcs.sin(), 1.0)
+        step = rates - (rates @ to_models) * point
+        size = float((step @ cosines @ step).clamp(min=0).sqrt())
         if size < 1e-9:
             break
-        point = unit(math.cos(size) * point + math.sin(size) / size * step)
-    length = sum(weight * length for weight, length in zip(tensors.weights, lengths, strict=True))
-    return (length * point).float()
+        point = math.cos(size) * point + math.sin(size) / size * step
+    length = float(torch.tensor(tensors.weights, dtype=torch.float64) @ lengths)
+    point = length * point / (point @ cosines @ point).sqrt() / lengths.clamp(min=1e-300)
+    return combined(tensors.thetas, (point * (lengths > 0)).tolist())
+
+
+def inner_products(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(T, T) in float64."""
+    flat = [tensor.reshape(-1).double() for tensor in tensors]
+    products = torch.empty(len(flat), len(flat), dtype=torch.float64)
+    for i, one in enumerate(flat):
+        for j, other in enumerate(flat[:i + 1]):
+            products[i, j] = products[j, i] = torch.dot(one, other)
+    return products
+
+
+def combined(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
+    merged = torch.zeros_like(tensors[0])
+    for tensor, coefficient in zip(tensors, coefficients, strict=True):
+        merged.add_(tensor, alpha=coefficient)
+    return merged
 
 
 def model_stock(tensors: Tensors, state: None = None) -> torch.Tensor:
     """t times the weighted mean of the models plus (1 - t) theta_0, with t = T c / (1 + (T - 1) c) and c the mean
     cosine between two task vectors, at least 0."""
-    taus = [tau.reshape(-1).double() for tau in tensors.taus]
-    cosines = [float(torch.dot(one, other) / (one.norm() * other.norm()).clamp(min=1e-300))
-               for one, other in itertools.combinations(taus, 2)]
-    cosine = max(0.0, sum(cosines) / len(cosines)) if cosines else 1.0
-    t = len(taus) * cosine / (1 + (len(taus) - 1) * cosine)
+    count = len(tensors.thetas)
+    if count == 1:
+        return average(tensors)
+    products = inner_products(tensors.taus)
+    lengths = products.diagonal().sqrt()
+    cosines = products / torch.outer(lengths, lengths).clamp(min=1e-300)
+    cosine = max(0.0, float(cosines.sum() - cosines.trace()) / (count * (count - 1)))
+    t = count * cosine / (1 + (count - 1) * cosine)
     return average(tensors).mul_(t).add_(tensors.theta_0, alpha=1 - t)
 
 

@@ -1,11 +1,19 @@
 """TIES merging: trim, elect sign, disjoint mean (Yadav et al., NeurIPS 2023)."""
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from nnunet_transplant.merging.registry import LAMBDA, RATIOS, Method, Parameter, register
-from nnunet_transplant.merging.vectors import TaskVectors, Tensors, in_parallel, kept, kth_largest
+from nnunet_transplant.merging.vectors import (
+    TINY,
+    TaskVectors,
+    Tensors,
+    in_parallel,
+    keep_from,
+    kept,
+    kth_largest,
+    kth_largest_magnitude,
+)
 
 
 def thresholds(vectors: TaskVectors, density: float, trim: str, **_: float) -> list[dict[str, float]]:
@@ -16,19 +24,20 @@ def thresholds(vectors: TaskVectors, density: float, trim: str, **_: float) -> l
             return dict.fromkeys(vectors.names, 0.0)
         if trim == "tensor":
             taus = zip(vectors.names, vectors.tau(model), strict=True)
-            return {name: smallest_kept(tau.numpy(), density) for name, tau in taus}
-        return dict.fromkeys(vectors.names, smallest_kept(vectors.flat_tau(model), density))
+            return {name: smallest_kept(tau, density) for name, tau in taus if tau.numel()}
+        size = sum(tensor.numel() for tensor in vectors.thetas[model].values())
+        return dict.fromkeys(vectors.names, kth_largest_magnitude(vectors, model, kept(density, size)))
     return list(in_parallel(of_model, range(len(vectors.thetas))))
 
 
-def smallest_kept(tau: np.ndarray, density: float) -> float:
-    magnitudes = np.abs(tau).reshape(-1)
+def smallest_kept(tau: torch.Tensor, density: float) -> float:
+    magnitudes = tau.abs().reshape(-1).numpy()
     return kth_largest(magnitudes, kept(density, magnitudes.size))
 
 
 def ties(tensors: Tensors, state: list[dict[str, float]], **parameters: float) -> torch.Tensor:
     """theta_0 + lambda m, where m is the disjoint mean of the trimmed task vectors."""
-    trimmed = [torch.where(tau.abs() >= limits[tensors.name], tau, 0.0) if limits[tensors.name] > 0 else tau
+    trimmed = [keep_from(tau, limits[tensors.name]) if limits[tensors.name] > 0 else tau
                for tau, limits in zip(tensors.taus, state, strict=True)]
     return disjoint_mean(trimmed, tensors.weights).mul_(parameters["lambda"]).add_(tensors.theta_0)
 
@@ -41,13 +50,13 @@ def disjoint_mean(taus: Sequence[torch.Tensor], weights: Sequence[float]) -> tor
     elected = weights[0] * taus[0]
     for tau, weight in zip(taus[1:], weights[1:], strict=True):
         elected.add_(tau, alpha=weight)
-    elected.sign_()
+    elected.sgn_()  # sign_ is slower
     merged, weight_of_agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
     for tau, weight in zip(taus, weights, strict=True):
-        agreeing = (tau * elected).clamp_(min=0.0)
+        agreeing = (tau * elected).relu_()
         merged.add_(agreeing, alpha=weight)
-        weight_of_agreeing.add_(agreeing.sign_(), alpha=weight)
-    return merged.div_(weight_of_agreeing.masked_fill_(weight_of_agreeing == 0, 1.0)).mul_(elected)
+        weight_of_agreeing.add_(agreeing.sgn_(), alpha=weight)
+    return merged.div_(weight_of_agreeing.clamp_(min=TINY)).mul_(elected)
 
 
 register(Method(
