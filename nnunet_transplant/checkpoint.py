@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nnunet_transplant.errors import TransplantError
 
-MOST_TEXT = 16 * 2**20  # bytes of a pickle or of JSON: in memory it takes up to 70 times as many
+MOST_TEXT = 10 * 2**20  # bytes of a pickle or of JSON: in memory it takes up to 70 times as many
 DEEPEST = 64            # levels of JSON: Python's own limit is reached at some hundred, in whatever reads it later
 
 
@@ -119,14 +119,16 @@ def _checked(checkpoint: Any, path: Path) -> dict[str, Any]:
     configuration = checkpoint["init_args"].get("configuration")
     if not (isinstance(configuration, str) and configuration.isprintable() and len(configuration) < 200):
         raise refused("it does not say its configuration")
-    axes = checkpoint.get("inference_allowed_mirroring_axes") or ()
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    axes = () if axes is None else axes
     if not (isinstance(axes, (tuple, list)) and all(type(axis) is int and 0 <= axis <= 2 for axis in axes)):
         raise refused("its 'inference_allowed_mirroring_axes' are no axes of an image")
     checkpoint["inference_allowed_mirroring_axes"] = tuple(axes) or None
     checkpoint["network_weights"] = weights = _plain(checkpoint["network_weights"])
     for name, tensor in weights.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-                and tensor.device.type == "cpu" and tensor.dtype in _DTYPES and not tensor.is_neg()):
+        if not (isinstance(name, str) and name.isprintable() and len(name) < 500 and isinstance(tensor, torch.Tensor)
+                and tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+                and not tensor.is_neg()):
             raise refused("'network_weights' holds more than tensors of plain numbers")
         weights[name] = tensor.detach() if tensor.requires_grad else tensor
     # nnU-Net names a tensor up to four times; a few bytes can claim to be a tensor of any size
@@ -187,12 +189,19 @@ def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, torch.
     if not path.is_file():
         raise TransplantError(f"there is no file {path}")
     try:
+        with open(path, "rb") as start:
+            if int.from_bytes(start.read(8), "little") > MOST_TEXT:  # the length of the header
+                raise ValueError("too long")
         with safe_open(path, framework="pt") as file:
             # safetensors' handle is no mapping: its keys() is the only way to its names
             names = file.keys() if tensors else []
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
+            content = {name: file.get_tensor(name) for name in names}
+            metadata = dict(file.metadata() or {})
+    except Exception as error:  # beside its own error whatever torch says to a type or a shape
         raise TransplantError(f"{path} is not a complete .safetensors file") from error
+    if any(tensor.dtype not in _DTYPES for tensor in content.values()):
+        raise TransplantError(f"{path} holds more than tensors of plain numbers")
+    return content, metadata
 
 
 @contextmanager
@@ -208,19 +217,20 @@ def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
     try:
         yield temporary
-        if replace and path.is_dir():
-            os.rename(path, old)
         try:
+            if replace and path.is_dir():
+                os.rename(path, old)
             os.rename(temporary, path)
         except OSError as error:
-            if old.exists():
+            if old.exists() and not path.exists():
                 os.rename(old, path)
-            if path.is_dir():
+            if path.is_dir() or (replace and isinstance(error, FileNotFoundError)):
                 raise TransplantError(f"{path} was written by somebody else in the meantime") from error
             raise
     finally:
         _remove(temporary)
-        _remove(old)
+        if path.exists():  # else the old one is the last
+            _remove(old)
 
 
 def _clear_leftovers(path: Path) -> None:

@@ -145,7 +145,7 @@ def _record(models: Sequence[TrainedModel], names: list[str]) -> dict[str, Any]:
     record = {key: records[0][key] for key in ("parent", "parent_labels", "parent_regions_class_order")
               if all(isinstance(other, dict) and key in other and other[key] == records[0][key] for other in records)}
     return record | {"classes": {name: origin(having[name][0].dataset_json, name) for name in names},
-                     "sources": {name: sorted({model.plans.get("dataset_name", model.folder.name)
+                     "sources": {name: sorted({str(model.plans.get("dataset_name", model.folder.name))
                                                for model in having[name]}) for name in names}}
 
 

@@ -6,6 +6,8 @@ from nnunet_transplant.errors import TransplantError
 
 Labels = Mapping[str, "int | Sequence[int]"]
 
+MOST_LABELS = 10_000  # what is done with them takes time with their square
+
 
 class TaskLabels(NamedTuple):
     """A task's `labels` and `regions_class_order` (None without regions) as in dataset.json, and parent value -> task
@@ -30,16 +32,23 @@ def check_dataset_json(dataset_json: Mapping[str, Any], source: str, record_key:
     check(isinstance(record, dict), f"'{record_key}'")
     check(isinstance(record.get("parent", ""), str), f"'parent' of '{record_key}'")
     classes, parents = record.get("classes", {}), record.get("parent_labels", dataset_json["labels"])
-    check(isinstance(classes, dict) and all(isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+    check(isinstance(classes, dict) and all(isinstance(parts, list) and parts and all(map(_is_name, parts))
                                             for parts in classes.values()), f"'classes' of '{record_key}'")
     check(_are_labels(parents), f"'parent_labels' of '{record_key}'")
-    check(_is_order(record.get("parent_regions_class_order"), parents), f"'parent_regions_class_order' of '{record_key}'")
+    check(_is_order(record.get("parent_regions_class_order"), parents),
+          f"'parent_regions_class_order' of '{record_key}'")
 
 
 def _are_labels(labels: Any) -> bool:
-    return isinstance(labels, dict) and not isinstance(labels.get("ignore"), list) and all(
-        name.isprintable() and (_is_value(value) or isinstance(value, list) and len(value) > 0
-                                and all(map(_is_value, value))) for name, value in labels.items())
+    if not isinstance(labels, dict) or isinstance(labels.get("ignore"), list):
+        return False
+    values = [value if isinstance(value, list) else [value] for value in labels.values()]
+    return (all(map(_is_name, labels)) and all(values) and sum(map(len, values)) <= MOST_LABELS
+            and all(_is_value(value) for each in values for value in each))
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and len(name) <= 200
 
 
 def _is_value(value: Any) -> bool:
@@ -51,8 +60,9 @@ def _is_value(value: Any) -> bool:
 
 def _is_order(order: Any, labels: Labels) -> bool:
     """nnU-Net looks at the order only where there are regions."""
-    return order is None or isinstance(order, list) and all(map(_is_value, order)) and (
-        not has_regions(labels) or len(order) == len(foreground_values(labels)))
+    if not isinstance(order, list):
+        return order is None
+    return all(map(_is_value, order)) and (not has_regions(labels) or len(order) == len(foreground_values(labels)))
 
 
 def has_regions(labels: Labels) -> bool:

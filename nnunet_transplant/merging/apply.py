@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging.registry import Method
 from nnunet_transplant.merging.vectors import TaskVectors, Tensors, blocks, in_parallel
 
@@ -27,7 +28,8 @@ def merge_tensors(method: Method, settings: Mapping[str, Any], weights: Sequence
     calibration: what methods with needs_data look at.
     scales: factors for the merged task vector of single tensors; 0 leaves them at theta_0.
     check: sees every piece of the inputs before the method does, and raises for what must not be merged.
-    Returns tensors of the types of the first network; they are computed in float32.
+    Returns tensors of the types of the first network; they are computed in float32. Raises TransplantError where they
+    are beyond the range of their type.
     """
     vectors = TaskVectors(theta_0, thetas, weights)
     state = None
@@ -49,6 +51,9 @@ def merge_tensors(method: Method, settings: Mapping[str, Any], weights: Sequence
         if piece.stop is not None:
             target = target.view(-1)[piece.start:piece.stop]
         target.copy_(result)
+        if not torch.isfinite(target.sum(dtype=torch.float64)):
+            raise TransplantError(f"the merged {piece.name} goes beyond the range of {target.dtype}: merge with smaller "
+                                  "-weights or -lambda")
 
     pieces = [piece for name, tensor in merged.items() for piece in _pieces(name, tensor.numel(), method.by_entry)]
     done = in_parallel(merge_piece, pieces)

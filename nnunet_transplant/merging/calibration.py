@@ -1,6 +1,6 @@
 """The volumes that data-driven methods look at, preprocessed as the models want them and cut into patches."""
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -144,26 +144,35 @@ def open_calibration(volumes: Volumes, models: Sequence[TrainedModel], dataset_j
 
     Raises TransplantError for datasets, cases or channels that are not there, and for second stages of a cascade.
     """
+    patches = []
+    bar = tqdm(preprocessed(volumes, models[0]), desc="reading volumes", delay=3, disable=not progress)
+    patch_size = PlansManager(models[0].plans).get_configuration(models[0].configuration).patch_size
+    for data, values, cases in bar:
+        cut = _cut(data, np.zeros(data.shape[1:]) if values is None else values, patch_size, cases)
+        patches += cut if values is not None else [replace(patch, values=None) for patch in cut]
+    return Calibration(models, dataset_json, heads, trainer, patches, volumes, progress)
+
+
+def preprocessed(volumes: Volumes, model: TrainedModel) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:
+    """Each volume as the model's plans preprocess it: image (channels, x, y, z), label values (x, y, z) or None where
+    the case has no label map, and the dataset's chosen cases."""
     if volumes.n_cases < 1:
         raise TransplantError(f"-n_cases must be at least 1, not {volumes.n_cases}")
-    plans = PlansManager(models[0].plans)
-    configuration = plans.get_configuration(models[0].configuration)
+    plans = PlansManager(model.plans)
+    configuration = plans.get_configuration(model.configuration)
     if configuration.previous_stage_name is not None:
         raise TransplantError("methods that look at volumes cannot run the second stage of a cascade")
     preprocessor = configuration.preprocessor_class(verbose=False)
-    patches = []
+    channels = model.dataset_json.get("channel_names", model.dataset_json.get("modality", {}))
     for dataset in volumes.datasets:
         cases = _choose(open_cases(dataset), volumes)
-        channels = models[0].dataset_json.get("channel_names", models[0].dataset_json.get("modality", {}))
-        for case, files in tqdm(cases.files.items(), desc=f"reading {cases.dataset}", delay=3, disable=not progress):
+        for case, files in cases.files.items():
             if len(files["images"]) != len(channels):
                 raise TransplantError(f"the models take {len(channels)} channels, {case} of {cases.dataset} has "
                                       f"{len(files['images'])}")
             labels = files["label"] if Path(files["label"]).is_file() else None
             data, seg, _ = preprocessor.run_case(files["images"], labels, plans, configuration, cases.dataset_json)
-            cut = _cut(np.asarray(data, np.float32), np.asarray(seg)[0], configuration.patch_size, cases)
-            patches += cut if labels else [replace(patch, values=None) for patch in cut]
-    return Calibration(models, dataset_json, heads, trainer, patches, volumes, progress)
+            yield np.asarray(data, np.float32), np.asarray(seg)[0] if labels else None, cases
 
 
 def _choose(cases: Cases, volumes: Volumes) -> Cases:

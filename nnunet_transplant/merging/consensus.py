@@ -31,9 +31,11 @@ def consensus(tensors: Tensors, state: None, tall_lambda: float, k: int) -> torc
 
 
 def magmax(tensors: Tensors, state: None, **parameters: float) -> torch.Tensor:
-    """theta_0 + lambda tau_s, where entry by entry s is the task of the largest w_s |tau_s|, the first of equals."""
-    best, largest = tensors.taus[0], tensors.weights[0] * tensors.taus[0].abs()
-    for tau, weight in zip(tensors.taus[1:], tensors.weights[1:], strict=True):
+    """theta_0 + lambda tau_s, where entry by entry s is the task of the largest w_s |tau_s|, the first of equals;
+    tasks of weight 0 are left out."""
+    weighted = [(tau, weight) for tau, weight in zip(tensors.taus, tensors.weights, strict=True) if weight > 0]
+    best, largest = weighted[0][0], weighted[0][1] * weighted[0][0].abs()
+    for tau, weight in weighted[1:]:
         magnitude = tau.abs().mul_(weight)
         best = where_one(at_least(largest, magnitude), best, tau)
         largest = torch.maximum(largest, magnitude)

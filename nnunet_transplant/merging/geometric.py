@@ -22,8 +22,7 @@ def slerp(tensors: Tensors, state: None = None) -> torch.Tensor:
     a = angle(*tensors.thetas)
     if not PARALLEL < a < math.pi - PARALLEL:
         return average(tensors)
-    first, second = (math.sin(weight * a) / math.sin(a) for weight in tensors.weights)
-    return first * tensors.thetas[0] + second * tensors.thetas[1]
+    return combined(tensors.thetas, [math.sin(weight * a) / math.sin(a) for weight in tensors.weights])
 
 
 def angle(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -41,7 +40,7 @@ def karcher(tensors: Tensors, state: None = None, iterations: int = 100) -> torc
     models, weighted, sum to zero. Found by steps along their sum; models that are zero have no direction.
 
     Every point on the way is sum_t c_t theta_t, so only the products of the models with each other are needed. Where
-    the mean is not unique (opposite models) it is the last point reached.
+    the mean is not unique it is the last point reached, or where directions cancel out, the weighted mean.
     """
     products = inner_products(tensors.thetas)
     lengths = products.diagonal().sqrt()
@@ -51,7 +50,7 @@ def karcher(tensors: Tensors, state: None = None, iterations: int = 100) -> torc
     cosines = products / torch.outer(lengths, lengths).clamp(min=1e-300)
     shares = shares / shares.sum()
     point = shares.clone()  # coefficients of the directions
-    if not float(point @ cosines @ point) > 1e-20:
+    if not float(point @ cosines @ point) > PARALLEL ** 2:
         return average(tensors)
     for _ in range(iterations):
         point = point / (point @ cosines @ point).sqrt()
@@ -80,10 +79,12 @@ def inner_products(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def combined(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
-    merged = torch.zeros_like(tensors[0])
+    """sum_t c_t theta_t, in float64 where coefficients are large: they cancel out, as models are nearly opposite."""
+    dtype = torch.float64 if max(map(abs, coefficients)) > 10 else torch.float32
+    merged = torch.zeros_like(tensors[0], dtype=dtype)
     for tensor, coefficient in zip(tensors, coefficients, strict=True):
         merged.add_(tensor, alpha=coefficient)
-    return merged
+    return merged.float()
 
 
 def model_stock(tensors: Tensors, state: None = None) -> torch.Tensor:

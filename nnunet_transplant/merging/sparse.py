@@ -46,7 +46,7 @@ def della(tensors: Tensors, state: None, density: float, epsilon: float, seed: i
     density - epsilon / 2 to density + epsilon / 2; what is kept is divided by its chance."""
     taus = []
     for model, tau in enumerate(tensors.taus):
-        rows = tau.reshape(len(tau), -1) if tau.dim() > 1 else tau.reshape(1, -1)
+        rows = tau.flatten(1) if tau.dim() > 1 else tau.reshape(1, -1)
         length = rows.shape[1]
         rank = torch.arange(length) / (length - 1) if length > 1 else torch.tensor([0.5])
         chance = (density + epsilon * (rank - 0.5)).clamp_(0.0, 1.0)

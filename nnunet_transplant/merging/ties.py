@@ -24,7 +24,7 @@ def thresholds(vectors: TaskVectors, density: float, trim: str, **_: float) -> l
             return dict.fromkeys(vectors.names, 0.0)
         if trim == "tensor":
             taus = zip(vectors.names, vectors.tau(model), strict=True)
-            return {name: smallest_kept(tau, density) for name, tau in taus if tau.numel()}
+            return {name: smallest_kept(tau, density) for name, tau in taus}
         size = sum(tensor.numel() for tensor in vectors.thetas[model].values())
         return dict.fromkeys(vectors.names, kth_largest_magnitude(vectors, model, kept(density, size)))
     return list(in_parallel(of_model, range(len(vectors.thetas))))

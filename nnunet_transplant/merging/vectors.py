@@ -82,7 +82,7 @@ def blocks(size: int) -> Iterator[tuple[int, int]]:
 
 
 def kth_largest(values: np.ndarray, k: int) -> float:
-    """The k-th largest of a vector's entries, exactly."""
+    """The k-th largest of a vector's entries, exactly; 0 where there are none."""
     return _kth_largest(lambda: (values[start:stop] for start, stop in blocks(values.size)), values.size, k)
 
 
@@ -101,6 +101,8 @@ def kth_largest_magnitude(vectors: TaskVectors, model: int, k: int) -> float:
 def _kth_largest(parts: Callable[[], Iterator[np.ndarray]], size: int, k: int) -> float:
     """Of long vectors every 64th entry finds an interval that holds the k-th largest, and only the entries inside it
     are sorted; if it does not hold it after all, everything is."""
+    if size == 0:
+        return 0.0
     if size > 1 << 18:
         sample = np.sort(np.concatenate([part[::64] for part in parts()]))
         rank, margin = (1 - k / size) * sample.size, 4 * sample.size ** 0.5
