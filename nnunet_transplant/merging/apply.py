@@ -52,8 +52,8 @@ def merge_tensors(method: Method, settings: Mapping[str, Any], weights: Sequence
             target = target.view(-1)[piece.start:piece.stop]
         target.copy_(result)
         if not torch.isfinite(target.sum(dtype=torch.float64)):
-            raise TransplantError(f"the merged {piece.name} goes beyond the range of {target.dtype}: merge with smaller "
-                                  "-weights or -lambda")
+            raise TransplantError(f"the merged {piece.name} goes beyond the range of {target.dtype}: merge with "
+                                  "smaller -weights or -lambda")
 
     pieces = [piece for name, tensor in merged.items() for piece in _pieces(name, tensor.numel(), method.by_entry)]
     done = in_parallel(merge_piece, pieces)

@@ -154,9 +154,8 @@ def test_what_a_merge_writes(tmp_path: Path, tasks: list[Path]) -> None:
     inputs = json.loads(files["merge.json"])["folds"]["all"]["inputs"]
     for one, task in zip(inputs, tasks, strict=True):
         path = task / "fold_0" / "checkpoint_final.pth"
-        assert one == {"path": str(path), "sha256": checkpoint.file_sha256(path), "fold": "0", "group": tasks.index(task),
-                       "weight": 0.5,
-                       "structures": one["structures"]}
+        assert one == {"path": str(path), "sha256": checkpoint.file_sha256(path), "fold": "0",
+                       "group": tasks.index(task), "weight": 0.5, "structures": one["structures"]}
     sources = json.loads(files["dataset.json"])["nnunet_transplant"]
     assert sources["classes"] == {"A": ["A"], "B": ["B"], "C": ["C"]}
 

@@ -22,6 +22,7 @@ from cases import (
 
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging import METHODS, Method, vectors
+from nnunet_transplant.merging.apply import merge_tensors
 from nnunet_transplant.merging.registry import FREE_SUM, RATIOS, find
 from nnunet_transplant.merging.vectors import BLOCK
 
