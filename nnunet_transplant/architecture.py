@@ -1,8 +1,10 @@
 """The networks that nnU-Net builds from plans: their tensors by name, which of them are one and the same, which are
 heads."""
 import contextlib
+import hashlib
 import inspect
 import io
+import json
 from dataclasses import dataclass
 
 import torch
@@ -89,11 +91,23 @@ def layout(plans: dict, configuration: str, dataset_json: dict, trainer: type[nn
 
     Heads are found, not listed: the tensors whose shape depends on the number of classes.
     """
-    with torch.device("meta"):
-        network = build_network(plans, configuration, dataset_json, trainer)
-        num_heads = PlansManager(plans).get_label_manager(dataset_json).num_segmentation_heads
-        one_more = build_network(plans, configuration, dataset_json, trainer, num_heads + 1)
-    canonical = canonical_names(network)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    other = {name: tuple(tensor.shape) for name, tensor in one_more.state_dict().items()}
-    return Layout(shapes, canonical, frozenset(canonical[name] for name in shapes if shapes[name] != other[name]))
+    num_heads = PlansManager(plans).get_label_manager(dataset_json).num_segmentation_heads
+    channels = determine_num_input_channels(PlansManager(plans), PlansManager(plans).get_configuration(configuration),
+                                            dataset_json)
+    described = json.dumps([plans, configuration, num_heads, channels], sort_keys=True, default=str)
+    key = trainer.__module__, trainer.__qualname__, hashlib.sha256(described.encode()).hexdigest()
+    if key not in _LAYOUTS:
+        if len(_LAYOUTS) >= 16:
+            _LAYOUTS.clear()
+        with torch.device("meta"):
+            network = build_network(plans, configuration, dataset_json, trainer)
+            one_more = build_network(plans, configuration, dataset_json, trainer, num_heads + 1)
+        canonical = canonical_names(network)
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        other = {name: tuple(tensor.shape) for name, tensor in one_more.state_dict().items()}
+        heads = frozenset(canonical[name] for name in shapes if shapes[name] != other[name])
+        _LAYOUTS[key] = Layout(shapes, canonical, heads)
+    return _LAYOUTS[key]
+
+
+_LAYOUTS: dict[tuple[str, str, str], Layout] = {}  # of the networks seen: the folds of a model share one

@@ -151,17 +151,19 @@ def add_scaled(tensors: Tensors, state: Mapping[str, torch.Tensor], **_: object)
 
 FROM_START = WeightsRule(f"free, where the search starts, default {START}", any_weights, lambda models: START)
 PER = "one coefficient for each task, or for each task and tensor"
-ITERATIONS = Parameter("iterations", 500, "steps of gradient descent", 1, 10 ** 6)
+STEPS = "steps of gradient descent"
 
 register(Method(
     name="adamerging", summary="coefficients that make the merged model decided about its structures, without labels",
     reference="AdaMerging: Adaptive Model Merging for Multi-Task Learning, Yang et al., ICLR 2024",
     merge=add_scaled, prepare=adapted, weights_rule=FROM_START, needs_data="volumes", by_entry=True,
-    parameters=(Parameter("per", "tensor", PER, choices=("task", "tensor")), ITERATIONS,
+    parameters=(Parameter("per", "tensor", PER, choices=("task", "tensor")),
+                Parameter("iterations", 500, STEPS, 1, 10 ** 6),
                 Parameter("lr", 1e-3, "learning rate (Adam)", 0.0, 10.0), SEED)))
 register(Method(
     name="learned", summary="coefficients that minimise nnU-Net's loss on labelled volumes",
     reference="Knowledge Composition using Task Vectors with Learned Anisotropic Scaling, Zhang et al., NeurIPS 2024",
     merge=add_scaled, prepare=fitted, weights_rule=FROM_START, needs_data="labels", by_entry=True,
-    parameters=(Parameter("per", "tensor", PER, choices=("task", "tensor")), ITERATIONS,
+    parameters=(Parameter("per", "tensor", PER, choices=("task", "tensor")),
+                Parameter("iterations", 100, STEPS, 1, 10 ** 6),
                 Parameter("lr", 1e-2, "learning rate (Adam)", 0.0, 10.0), SEED)))

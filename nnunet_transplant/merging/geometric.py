@@ -6,33 +6,23 @@ import torch
 
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import SHARES, Method, Parameter, register
-from nnunet_transplant.merging.vectors import Tensors
+from nnunet_transplant.merging.vectors import Tensors, blocks
 
 PARALLEL = 1e-6  # radians below which an arc is its chord
 
 
 def slerp(tensors: Tensors, state: None = None) -> torch.Tensor:
-    """The point at w_2 of the great arc from theta_1 to theta_2; their lengths change along it as the models' do.
-
+    """The point at w_2 of the great arc from theta_1 to theta_2:
     sin(w_1 a) / sin(a) theta_1 + sin(w_2 a) / sin(a) theta_2, with a the angle between them; the weighted mean where
     they are parallel, opposite or zero.
     """
     if len(tensors.thetas) == 1:
         return average(tensors)
-    a = angle(*tensors.thetas)
-    if not PARALLEL < a < math.pi - PARALLEL:
+    products = inner_products(tensors.thetas)
+    a = float(torch.arccos(cosines(products)[0, 1].clamp(-1, 1)))
+    if not products.diagonal().all() or not PARALLEL < a < math.pi - PARALLEL:
         return average(tensors)
     return combined(tensors.thetas, [math.sin(weight * a) / math.sin(a) for weight in tensors.weights])
-
-
-def angle(first: torch.Tensor, second: torch.Tensor) -> float:
-    """In radians, precise also where it is small; NaN where one of them is zero."""
-    first, second = (unit(tensor.double()) for tensor in (first, second))
-    return 2 * math.atan2(float((first - second).norm()), float((first + second).norm()))
-
-
-def unit(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor / tensor.norm()
 
 
 def karcher(tensors: Tensors, state: None = None, iterations: int = 100) -> torch.Tensor:
@@ -47,35 +37,41 @@ def karcher(tensors: Tensors, state: None = None, iterations: int = 100) -> torc
     shares = torch.tensor(tensors.weights, dtype=torch.float64) * (lengths > 0)
     if int((shares > 0).sum()) < 2:
         return average(tensors)
-    cosines = products / torch.outer(lengths, lengths).clamp(min=1e-300)
+    cosine = cosines(products)
     shares = shares / shares.sum()
     point = shares.clone()  # coefficients of the directions
-    if not float(point @ cosines @ point) > PARALLEL ** 2:
+    if not float(point @ cosine @ point) > PARALLEL ** 2:
         return average(tensors)
     for _ in range(iterations):
-        point = point / (point @ cosines @ point).sqrt()
-        to_models = (cosines @ point).clamp(-1, 1)
+        point = point / (point @ cosine @ point).sqrt()
+        to_models = (cosine @ point).clamp(-1, 1)
         arcs = torch.arccos(to_models)
         # log map: direction t minus its part along the point, at the arc's length
         rates = shares * torch.where((arcs > PARALLEL) & (arcs < math.pi - PARALLEL), arcs / arcs.sin(), 1.0)
         step = rates - (rates @ to_models) * point
-        size = float((step @ cosines @ step).clamp(min=0).sqrt())
+        size = float((step @ cosine @ step).clamp(min=0).sqrt())
         if size < 1e-9:
             break
         point = math.cos(size) * point + math.sin(size) / size * step
     length = float(torch.tensor(tensors.weights, dtype=torch.float64) @ lengths)
-    point = length * point / (point @ cosines @ point).sqrt() / lengths.clamp(min=1e-300)
+    point = length * point / (point @ cosine @ point).sqrt() / lengths.clamp(min=1e-300)
     return combined(tensors.thetas, (point * (lengths > 0)).tolist())
 
 
 def inner_products(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(T, T) in float64."""
-    flat = [tensor.reshape(-1).double() for tensor in tensors]
-    products = torch.empty(len(flat), len(flat), dtype=torch.float64)
-    for i, one in enumerate(flat):
-        for j, other in enumerate(flat[:i + 1]):
-            products[i, j] = products[j, i] = torch.dot(one, other)
+    """(T, T) in float64, summed block by block."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for start, stop in blocks(flat[0].numel()):
+        part = torch.stack([tensor[start:stop] for tensor in flat]).double()
+        products.addmm_(part, part.T)
     return products
+
+
+def cosines(products: torch.Tensor) -> torch.Tensor:
+    """(T, T) from inner products; those with a zero vector are 0."""
+    lengths = products.diagonal().sqrt()
+    return products / torch.outer(lengths, lengths).clamp(min=1e-300)
 
 
 def combined(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
@@ -93,10 +89,8 @@ def model_stock(tensors: Tensors, state: None = None) -> torch.Tensor:
     count = len(tensors.thetas)
     if count == 1:
         return average(tensors)
-    products = inner_products(tensors.taus)
-    lengths = products.diagonal().sqrt()
-    cosines = products / torch.outer(lengths, lengths).clamp(min=1e-300)
-    cosine = max(0.0, float(cosines.sum() - cosines.trace()) / (count * (count - 1)))
+    pairs = cosines(inner_products(tensors.taus)).fill_diagonal_(0)
+    cosine = max(0.0, float(pairs.sum()) / (count * (count - 1)))
     t = count * cosine / (1 + (count - 1) * cosine)
     return average(tensors).mul_(t).add_(tensors.theta_0, alpha=1 - t)
 

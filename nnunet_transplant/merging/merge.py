@@ -22,7 +22,7 @@ from nnunet_transplant.heads import (
     shares,
     structures,
 )
-from nnunet_transplant.merging.apply import merge_tensors
+from nnunet_transplant.merging.apply import is_finite, merge_tensors
 from nnunet_transplant.merging.calibration import Calibration, Volumes, open_calibration
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import Method, find
@@ -210,8 +210,7 @@ def _merge_body(method: Method, settings: dict[str, Any], weights: Sequence[floa
 
 
 def check_finite(tensor: torch.Tensor, name: str, model: TrainedModel) -> None:
-    # a sum is NaN or Inf if an entry is, and costs one pass; in float64 it does not overflow
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+    if not is_finite(tensor):
         raise TransplantError(f"{model.path} holds NaN or Inf in {name}")
 
 

@@ -83,7 +83,7 @@ def iso_cts(tensors: Tensors, state: None, common: float, **parameters: float) -
     if not matrices:
         return mean_added(tensors, parameters["lambda"])
     full = min(matrices[0].shape)
-    each = (full - round(common * full)) // len(matrices)
+    each = min(round((full - int(common * full)) / len(matrices)), full // len(matrices))
     matrices = [matrix.double() for matrix in matrices]
     total = sum(matrices)
     shared = cut(thin_svd(total), full - each * len(matrices))

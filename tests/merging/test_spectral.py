@@ -47,7 +47,7 @@ def plain_iso_c(matrices: Sequence[np.ndarray]) -> np.ndarray:
 def plain_iso_cts(matrices: Sequence[np.ndarray], common: float) -> np.ndarray:
     """Common subspace of the sum, what the tasks have outside it, all orthonormal with the mean singular value."""
     full = min(matrices[0].shape)
-    each = (full - round(common * full)) // len(matrices)
+    each = min(round((full - int(common * full)) / len(matrices)), full // len(matrices))
     among = norm(sum(matrices), *matrices)
     shared = largest(sum(matrices), full - each * len(matrices), among)
     outside = [matrix - shared[0] @ shared[0].T @ matrix for matrix in matrices]
