@@ -62,7 +62,6 @@ ROWS = {            # method and settings of each row; the others have the metho
     "breadcrumbs": ("breadcrumbs", {}),
     "consensus": ("consensus", {}),
     "magmax": ("magmax", {}),
-    "emr": ("emr", {}),
     "pcb": ("pcb", {}),
     "slerp": ("slerp", {}),
     "karcher": ("karcher", {}),

@@ -280,8 +280,7 @@ def fusion_bench_iso_c(theta_0: StateDict, thetas: Sequence[StateDict], **others
     return _plus(theta_0, shaped_as(iso_c(taus, accelerator="cpu"), theta_0), others["lambda"])
 
 
-@rival("iso_cts", "fusion_bench.method.isotropic_merging.iso_utils.iso_cts",
-       "rounds the sizes of the subspaces in another way")
+@rival("iso_cts", "fusion_bench.method.isotropic_merging.iso_utils.iso_cts")
 def fusion_bench_iso_cts(theta_0: StateDict, thetas: Sequence[StateDict], *, common: float,
                          **others: Any) -> StateDict:
     from fusion_bench.method.isotropic_merging.iso_utils import iso_cts
@@ -294,10 +293,3 @@ def fusion_bench_iso_cts(theta_0: StateDict, thetas: Sequence[StateDict], *, com
 def fusion_bench_magmax(theta_0: StateDict, thetas: Sequence[StateDict], **others: Any) -> StateDict:
     from fusion_bench.method.magmax.magmax import magmax_merge
     return magmax_merge(InMemory(theta_0), [InMemory(theta) for theta in thetas], others["lambda"]).tensors
-
-
-@rival("emr", "fusion_bench.method.emr_merging.utils.emr_merge",
-       "rescalers average the tensors' means, so that a bias counts as much as a kernel")
-def fusion_bench_emr(theta_0: StateDict, thetas: Sequence[StateDict], **_: Any) -> StateDict:
-    from fusion_bench.method.emr_merging.utils import emr_merge
-    return _plus(theta_0, emr_merge(_taus(theta_0, thetas))[0], 1.0)

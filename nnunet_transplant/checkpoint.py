@@ -7,7 +7,7 @@ import pickletools
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,19 @@ def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, torch.
     if any(tensor.dtype not in _DTYPES for tensor in content.values()):
         raise TransplantError(f"{path} holds more than tensors of plain numbers")
     return content, metadata
+
+
+def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, marker: str, what: str) -> None:
+    """Raise TransplantError unless a folder may be written here: it is new or empty, or `overwrite` is set and it is
+    one of ours, which have a file `marker`; and it holds none of the inputs."""
+    if any(output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents) for path in inputs):
+        raise TransplantError(f"{output} is one of the models, or holds one: give another -o")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise TransplantError(f"{output} exists already; give another -o, or --overwrite to replace it")
+    if not (output / marker).is_file():
+        raise TransplantError(f"{output} is not {what} (it has no {marker}): --overwrite replaces nothing else")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_transplant.checkpoint import atomic_path
+from nnunet_transplant.checkpoint import atomic_path, check_output
 from nnunet_transplant.data.cases import Cases, open_cases, open_splits
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
@@ -83,7 +83,7 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
     if not 0 < step_size <= 1:
         raise TransplantError(f"-step_size must be above 0 and at most 1, not {step_size:g}")
     output = Path(os.path.abspath(output))
-    check_output(output, models, overwrite)
+    check_output(output, models, overwrite, CSV, "an earlier evaluation")
     cases = find_cases(dataset, fold)
     target_device = torch_device(device)
     use_our_trainers()
@@ -107,19 +107,6 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
         (folder / TABLE).write_text("\n".join([title, "", means_table(frame), *notes]) + "\n" + PER_CASE + "\n"
                                     + cases_table(frame) + "\n", encoding="utf-8")
     return frame
-
-
-def check_output(output: Path, models: Sequence[Path], overwrite: bool) -> None:
-    """Raise TransplantError unless an evaluation may be written here."""
-    if any(output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents) for path in models):
-        raise TransplantError(f"{output} is one of the models, or holds one: give another -o")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise TransplantError(f"{output} exists already; give another -o, or --overwrite to replace it")
-    if not (output / CSV).is_file():
-        raise TransplantError(f"{output} is not an earlier evaluation (it has no {CSV}): --overwrite replaces nothing "
-                              "else")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +6,7 @@ from nnunet_transplant.cli.common import command_parser, run_command
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging import METHODS, MergedModel, Recipe, Volumes, merge_groups, write_merge
-from nnunet_transplant.merging.merge import check_output
+from nnunet_transplant.merging.merge import check_merge_output
 from nnunet_transplant.merging.registry import find
 from nnunet_transplant.merging.repeat import Earlier, read_merge
 from nnunet_transplant.model_folder import CHECKPOINT, open_models, open_theta_0
@@ -111,17 +110,10 @@ def merge_from(args: Namespace, per_fold: bool = False) -> dict[str, MergedModel
     return merge_groups(groups, recipe, theta_0, base, per_fold or earlier.per_fold, progress=True)
 
 
-def inputs_of(args: Namespace) -> Sequence[Path]:
-    return [*args.m, *([] if args.earlier is None else [args.earlier])]
-
-
 def run(args: Namespace) -> None:
     if args.per_fold and args.out_fold is not None:
         raise TransplantError("-out_fold names the one fold that is written; with --per_fold there are several")
-    check_output(args.o, args.overwrite)
-    inputs = [path.resolve() for path in inputs_of(args)]
-    if any(args.o.resolve() in (path, *path.parents) for path in inputs):
-        raise TransplantError(f"{args.o} is one of the models to merge, or holds one")
+    check_merge_output(args.o, args.overwrite, [*args.m, *([] if args.earlier is None else [args.earlier])])
     merged = merge_from(args, args.per_fold)
     if args.out_fold is not None:
         merged = {str(args.out_fold): merged["all"]}

@@ -258,7 +258,7 @@ def write_merge(merged: dict[str, MergedModel], output: Path, overwrite: bool = 
     overwrite replaces a folder only if it was written by this function. Raises TransplantError for an existing one
     otherwise, OSError where the disk says so.
     """
-    check_output(output, overwrite)
+    check_merge_output(output, overwrite)
     first = next(iter(merged.values()))
     with checkpoints.atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()
@@ -273,14 +273,9 @@ def write_merge(merged: dict[str, MergedModel], output: Path, overwrite: bool = 
             _write_fold(model, fold, folder / f"fold_{fold}")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise TransplantError unless a model folder may be written here."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise TransplantError(f"{output} exists already; give another -o, or --overwrite to replace it")
-    if not (output / "merge.json").is_file():
-        raise TransplantError(f"{output} is not a merged model: --overwrite replaces nothing else")
+def check_merge_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise TransplantError unless a merged model may be written here."""
+    checkpoints.check_output(output, inputs, overwrite, "merge.json", "a merged model")
 
 
 def _write_fold(model: MergedModel, fold: str, folder: Path) -> None:
