@@ -4,7 +4,11 @@ import contextlib
 import hashlib
 import inspect
 import io
+import itertools
 import json
+import math
+import pydoc
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +65,7 @@ def find_trainer(trainer_name: str) -> type[nnUNetTrainer]:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net narrates its search
             return recursive_find_trainer_class_by_name(trainer_name)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, TypeError) as error:  # the last two: it finds something else of this name
         raise TransplantError(f"nnU-Net does not find the trainer '{trainer_name}', which builds this network: add its "
                               "folder to nnUNet_extTrainer") from error
 
@@ -86,10 +90,60 @@ def build_network(plans: dict, configuration: str, dataset_json: dict, trainer: 
                  config.network_arch_init_kwargs_req_import, channels, num_heads, deep_supervision)
 
 
-def layout(plans: dict, configuration: str, dataset_json: dict, trainer: type[nnUNetTrainer] = nnUNetTrainer) -> Layout:
+# Where the classes that plans name may come from. nnU-Net imports and calls whatever they name, with arguments from the
+# plans: without this, a plans.json runs code as a pickle does.
+_NETWORKS = "dynamic_network_architectures."
+_LAYERS = tuple(f"torch.nn.modules.{module}" for module in (
+    "conv", "batchnorm", "instancenorm", "normalization", "dropout", "activation", "linear"))
+
+
+def check_plans(plans: dict, configuration: str) -> None:
+    """Raise TransplantError for plans that name other classes than networks and layers, or whose numbers are out of
+    this world. Raises anything for plans that nnU-Net cannot read."""
+    values = [plans["configurations"]]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+        if (isinstance(value, list) and len(value) > 1000) or (isinstance(value, int) and value > 10**6):
+            raise TransplantError("the plans describe a network of a size out of this world")
+    config = PlansManager(plans).get_configuration(configuration)
+    kwargs = config.network_arch_init_kwargs
+    layers = [kwargs[key] for key in config.network_arch_init_kwargs_req_import if kwargs[key] is not None]
+    for name in (config.network_arch_class_name, *layers):
+        known = name.startswith((_NETWORKS, "torch.nn."))
+        found = pydoc.locate(name) if known else None
+        # an unknown network is looked for by its last name, among dynamic_network_architectures' own
+        moved = known and found is None and name not in layers
+        if not moved and not (isinstance(found, type) and issubclass(found, nn.Module)
+                              and found.__module__.startswith((_NETWORKS, *_LAYERS))):
+            raise TransplantError(f"the plans ask for {name[:80]}, which is no network or layer of nnU-Net's and can "
+                                  "run code. If you trust their origin, pass --trust_checkpoints")
+
+
+@contextlib.contextmanager
+def _at_most(layers: float) -> Iterator[None]:
+    """Stop building a network of more layers than this: plans can ask for any number."""
+    count = itertools.count()
+
+    def stop(*_: object) -> None:
+        if next(count) > layers:
+            raise TransplantError("the plans describe a larger network than the checkpoint holds")
+    hook = nn.modules.module.register_module_module_registration_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def layout(plans: dict, configuration: str, dataset_json: dict, trainer: type[nnUNetTrainer] = nnUNetTrainer,
+           tensors: float = math.inf) -> Layout:
     """The tensors of a model's network, without allocating them.
 
     Heads are found, not listed: the tensors whose shape depends on the number of classes.
+    tensors: how many the state dict has; TransplantError for a network that would have far more.
     """
     num_heads = PlansManager(plans).get_label_manager(dataset_json).num_segmentation_heads
     channels = determine_num_input_channels(PlansManager(plans), PlansManager(plans).get_configuration(configuration),
@@ -99,7 +153,7 @@ def layout(plans: dict, configuration: str, dataset_json: dict, trainer: type[nn
     if key not in _LAYOUTS:
         if len(_LAYOUTS) >= 16:
             _LAYOUTS.clear()
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(10 * tensors + 1000):
             network = build_network(plans, configuration, dataset_json, trainer)
             one_more = build_network(plans, configuration, dataset_json, trainer, num_heads + 1)
         canonical = canonical_names(network)

@@ -1,5 +1,5 @@
 """A trained nnU-Net model folder: open it, check that several can merge, write a new one."""
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_transplant import checkpoint as checkpoints
-from nnunet_transplant.architecture import Layout, find_trainer, layout
+from nnunet_transplant.architecture import Layout, check_plans, find_trainer, layout
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.labels import check_dataset_json
 from nnunet_transplant.task_vector import (
     RECORD,
     Header,
@@ -56,7 +57,8 @@ class TrainedModel:
 
     @property
     def theta_0_sha256(self) -> str | None:
-        return self.record.get("theta_0")
+        sha256 = self.record.get("theta_0")
+        return sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The network's tensors by canonical name, as maps of the file: memory is used only where they are read."""
@@ -73,7 +75,7 @@ class TrainedModel:
         if self.theta_0_sha256 is None:
             return None
         path = theta_0_path(self.folder, self.theta_0_sha256)
-        return read_theta_0(path) if path.exists() else None
+        return read_theta_0(path, self.theta_0_sha256) if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def open_models(model: Path, folds: Sequence[str] | None = None, checkpoint_name
     Raises TransplantError for what is no trained nnU-Net model, or lacks a fold.
     """
     if model.suffix == ".safetensors":
-        return [_open_task_vector(model, theta_0)]
+        return [_open_task_vector(model, theta_0, trust)]
     if model.is_file():
         return [_open(model, trust)]
     if not model.is_dir():
@@ -132,42 +134,45 @@ def _open(path: Path, trust: bool) -> TrainedModel:
     content = checkpoints.read(path, trust)
     configuration = content["init_args"]["configuration"]
     trainer = find_trainer(content["trainer_name"])
-    tensors = _layout(plans, configuration, dataset_json, trainer, folder / "plans.json")
+    tensors = _layout(plans, configuration, dataset_json, trainer, folder, trust, len(content["network_weights"]))
     shapes = {name: tuple(tensor.shape) for name, tensor in content["network_weights"].items()}
     if shapes != tensors.shapes:
         odd = sorted(name for name in shapes.keys() | tensors.shapes.keys()
                      if shapes.get(name) != tensors.shapes.get(name))
         raise TransplantError(f"{path} does not fit the network of its plans.json: {odd[0]} is "
                               f"{shapes.get(odd[0], 'missing')}, expected {tensors.shapes.get(odd[0], 'none')}")
-    axes = content.get("inference_allowed_mirroring_axes")
     record = content.get(RECORD)
-    return TrainedModel(path, plans, dataset_json, configuration, trainer, tuple(axes) if axes else None,
+    return TrainedModel(path, plans, dataset_json, configuration, trainer, content["inference_allowed_mirroring_axes"],
                         record if isinstance(record, dict) else {}, tensors, trust)
 
 
 def _layout(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: type[nnUNetTrainer],
-            described_in: Path) -> Layout:
+            described_in: Path, trust: bool, tensors: int) -> Layout:
+    """The layout of a model that nobody has checked. tensors: how many of them its file holds."""
+    check_dataset_json(dataset_json, f"the dataset.json of {described_in}", RECORD)
     try:
-        return layout(plans, configuration, dataset_json, trainer)
-    except TransplantError:
-        raise
+        if not trust:
+            check_plans(plans, configuration)
+        return layout(plans, configuration, dataset_json, trainer, tensors)
+    except TransplantError as error:
+        raise TransplantError(f"{described_in}: {error}") from error
     except Exception as error:  # nnU-Net meets missing keys and nonsense with any exception
-        raise TransplantError(f"nnU-Net cannot build the network that {described_in} describes "
-                              f"({type(error).__name__}: {error})") from error
+        raise TransplantError(f"nnU-Net cannot build the network that the plans of {described_in} describe "
+                              f"({type(error).__name__}: {_short(error)})") from error
 
 
-def _open_task_vector(path: Path, theta_0: Mapping[str, torch.Tensor] | None) -> TaskVectorModel:
+def _open_task_vector(path: Path, theta_0: Mapping[str, torch.Tensor] | None, trust: bool) -> TaskVectorModel:
     header = read_header(path)
     if theta_0 is None:
         beside = theta_0_path(path.parent, header.theta_0)
         if not beside.is_file():
             raise TransplantError(f"{path} is a task vector: give the base it is to be added to with -base")
-        theta_0 = read_theta_0(beside)
+        theta_0 = read_theta_0(beside, header.theta_0)
     if checkpoints.tensors_sha256(theta_0) != header.theta_0:
         raise TransplantError(f"{path} is a task vector of another base than the one given by -base (it wants theta_0 "
                               f"with SHA-256 {header.theta_0[:16]}...)")
     trainer = find_trainer(header.trainer_name)
-    tensors = _layout(header.plans, header.configuration, header.dataset_json, trainer, path)
+    tensors = _layout(header.plans, header.configuration, header.dataset_json, trainer, path, trust, len(theta_0))
     axes = tuple(header.mirroring_axes) if header.mirroring_axes else None
     return TaskVectorModel(path, header.plans, header.dataset_json, header.configuration, trainer, axes,
                            {"theta_0": header.theta_0}, tensors, header=header, base=theta_0)
@@ -176,13 +181,8 @@ def _open_task_vector(path: Path, theta_0: Mapping[str, torch.Tensor] | None) ->
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TransplantError(f"{path.parent} is not a trained nnU-Net model folder: it has no {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TransplantError(f"{path} is not valid JSON") from error
-    if not isinstance(content, dict):
-        raise TransplantError(f"{path} holds no JSON object")
-    return content
+    with open(path, "rb") as file:
+        return checkpoints.parse_json(file.read(checkpoints.MOST_TEXT + 1), str(path))
 
 
 def open_theta_0(base: Path, checkpoint_name: str = CHECKPOINT, trust: bool = False) -> dict[str, torch.Tensor]:
@@ -217,8 +217,9 @@ def preprocessing_fields(model: TrainedModel) -> dict[str, Any]:
     fields = {"configuration": model.configuration, "channels": list(channels.values()),
               "transpose_forward": model.plans.get("transpose_forward")}
     fields |= {field: configuration.get(field) for field in _CONFIGURATION_FIELDS}
-    if "CTNormalization" in (configuration.get("normalization_schemes") or []):
-        fields["CT intensity statistics"] = manager.foreground_intensity_properties_per_channel
+    if "CTNormalization" in str(configuration.get("normalization_schemes")):
+        by_modality = model.plans.get("foreground_intensity_properties_by_modality")  # as old plans call it
+        fields["CT intensity statistics"] = model.plans.get("foreground_intensity_properties_per_channel", by_modality)
     if configuration.get("previous_stage"):  # the labels of the previous stage are input channels
         fields["labels"] = model.dataset_json["labels"]
     return fields

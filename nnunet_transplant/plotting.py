@@ -1,4 +1,5 @@
 """Every figure of the package."""
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ def save_inputs_figure(provenance: dict[str, Any], path: Path) -> None:
     inputs = provenance["inputs"]
     names = [f"{Path(one['path']).parent.parent.parent.name} fold {one['fold']}: {', '.join(one['structures'])}"
              for one in inputs]
+    names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(inputs)), layout="constrained")
     axes.barh(range(len(inputs)), [one["weight"] for one in inputs], color=BLUE)
-    axes.set_yticks(range(len(inputs)), names)
+    axes.set_yticks(range(len(inputs)), names, parse_math=False)  # a name may hold dollars
     axes.invert_yaxis()
     axes.set(title=f"Merged by {provenance['method']}", xlabel="weight")
-    figure.savefig(path, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
+        figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
 

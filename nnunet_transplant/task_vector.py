@@ -27,10 +27,12 @@ def theta_0_path(model_folder: Path, sha256: str) -> Path:
     return model_folder / f"theta_0_{sha256[:16]}.safetensors"
 
 
-def read_theta_0(path: Path) -> dict[str, torch.Tensor]:
-    """theta_0 by canonical names. Raises TransplantError where the file is missing, damaged or not what it says."""
+def read_theta_0(path: Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """theta_0 by canonical names. Raises TransplantError where the file is missing, damaged, not what it says, or not
+    the one of this SHA-256."""
     tensors, metadata = checkpoints.read_safetensors(path)
-    if checkpoints.tensors_sha256(tensors) != metadata.get("sha256"):
+    found = checkpoints.tensors_sha256(tensors)
+    if found != metadata.get("sha256") or sha256 not in (None, found):
         raise TransplantError(f"{path} does not hold the weights it names: its SHA-256 differs")
     return tensors
 
@@ -96,13 +98,17 @@ def read_header(path: Path) -> Header:
     """Raises TransplantError for a file that is no task vector."""
     _, metadata = checkpoints.read_safetensors(path, tensors=False)
     try:
-        header = Header(**json.loads(metadata[RECORD]))
+        header = Header(**checkpoints.parse_json(metadata[RECORD], str(path)))
         kinds = {"theta_0": str, "plans": dict, "dataset_json": dict, "configuration": str, "trainer_name": str,
                  "fold": str, "source": dict}
         if not all(isinstance(getattr(header, name), kind) for name, kind in kinds.items()):
             raise TypeError
-        if header.mirroring_axes is not None:
-            [int(axis) for axis in header.mirroring_axes]
+        if any(type(axis) is not int or not 0 <= axis <= 2 for axis in header.mirroring_axes or ()):
+            raise ValueError
+        names = (header.trainer_name, header.configuration, header.fold)  # the last becomes the name of a folder
+        if not (header.trainer_name.isidentifier() and all(name.isprintable() and len(name) < 200 for name in names)
+                and header.fold == Path(header.fold).name):
+            raise ValueError
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise TransplantError(f"{path} is not a task vector file of nnunet_transplant_extract") from error
     return header

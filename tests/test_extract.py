@@ -135,7 +135,8 @@ def test_wrong_bases_and_requests_are_refused(tmp_path: Path, base: Path, tasks:
     for arguments, message in (
             ({"model": stock}, "give it with -base"), ({"model": tasks[0], "base": other}, "is not the one"),
             ({"model": folds}, "choose one with -f"), ({"model": tasks[0], "density": 0.0}, "-density must be above 0"),
-            ({"model": tasks[0], "density": float("nan")}, "-density"), ({"model": tasks[0], "dtype": "int8"}, "-dtype"),
+            ({"model": tasks[0], "density": float("nan")}, "-density"),
+            ({"model": tasks[0], "dtype": "int8"}, "-dtype"),
             ({"model": base, "base": write_model(tmp_path / "residual", plans=small_plans(residual=True))},
              "another network")):
         with pytest.raises(TransplantError, match=message):
@@ -155,7 +156,7 @@ def test_damaged_files_are_refused(tmp_path: Path, base: Path, tasks: list[Path]
     extract(tasks[0], path, density=0.5)
     tensors, metadata = checkpoint.read_safetensors(path)
     for change in (lambda t: t.pop(next(iter(t))), lambda t: t.update({k: v[:-1] for k, v in t.items()}),
-                   lambda t: t.update({k: v.to(torch.int64) * 10 ** 9 for k, v in t.items() if v.dtype == torch.uint8})):
+                   lambda t: t.update({k: v.long() * 10 ** 9 for k, v in t.items() if v.dtype == torch.uint8})):
         broken = dict(tensors)
         change(broken)
         checkpoint.write_safetensors(broken, path, metadata)

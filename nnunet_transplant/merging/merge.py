@@ -171,6 +171,7 @@ def _base(method: Method, held_back: bool, models: Sequence[TrainedModel],
     unknown = [model.name for model in models if model.theta_0_sha256 is None]
     if unknown:
         raise TransplantError(f"{unknown[0]} does not record the base it was fine-tuned from: give it with -base")
+    check_base(kept, models[0])
     return kept
 
 

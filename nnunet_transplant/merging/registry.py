@@ -26,14 +26,16 @@ class Parameter:
     def check(self, value: Any) -> Any:
         if self.choices:
             if value not in self.choices:
-                raise TransplantError(f"-{self.name} must be one of {', '.join(self.choices)}, not {value}")
+                raise TransplantError(f"-{self.name} must be one of {', '.join(self.choices)}, not "
+                                      f"{str(value)[:40]}")
             return value
         try:
             value = self.kind(value)
-        except (TypeError, ValueError) as error:
-            raise TransplantError(f"-{self.name} must be a number, not {value}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TransplantError(f"-{self.name} must be a number, not {str(value)[:40]}") from error
         if not self.low <= value <= self.high:  # also refuses NaN
-            raise TransplantError(f"-{self.name} must lie between {self.low:g} and {self.high:g}, not {value:g}")
+            raise TransplantError(f"-{self.name} must lie between {self.low:g} and {self.high:g}, not "
+                                  f"{str(value)[:40]}")
         return value
 
 
@@ -127,7 +129,7 @@ def _text(value: Any) -> str:
 
 def find(name: str) -> Method:
     if name not in METHODS:
-        raise TransplantError(f"there is no merging method '{name}'; choose from {', '.join(METHODS)}")
+        raise TransplantError(f"there is no merging method '{name[:40]}'; choose from {', '.join(METHODS)}")
     return METHODS[name]
 
 
