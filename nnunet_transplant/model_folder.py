@@ -1,7 +1,7 @@
 """A trained nnU-Net model folder: open it, check that several can merge, write a new one."""
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class TrainedModel:
     mirroring_axes: tuple[int, ...] | None  # None: no mirroring at test time
     record: dict[str, Any]                 # what our trainers note in a checkpoint; {} from stock trainers
     layout: Layout
-    trust: bool = False
+    # all of its names, as maps of the file: memory is used only where they are read
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -61,9 +62,8 @@ class TrainedModel:
         return sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The network's tensors by canonical name, as maps of the file: memory is used only where they are read."""
-        weights = checkpoints.read(self.path, self.trust)["network_weights"]
-        return {name: weights[name] for name in self.layout.names}
+        """The network's tensors by canonical name, as maps of the file."""
+        return {name: self.weights[name] for name in self.layout.names}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor under all of its names, as nnU-Net loads it."""
@@ -143,7 +143,7 @@ def _open(path: Path, trust: bool) -> TrainedModel:
                               f"{shapes.get(odd[0], 'missing')}, expected {tensors.shapes.get(odd[0], 'none')}")
     record = content.get(RECORD)
     return TrainedModel(path, plans, dataset_json, configuration, trainer, content["inference_allowed_mirroring_axes"],
-                        record if isinstance(record, dict) else {}, tensors, trust)
+                        record if isinstance(record, dict) else {}, tensors, content["network_weights"])
 
 
 def _layout(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: type[nnUNetTrainer],

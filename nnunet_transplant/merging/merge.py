@@ -27,7 +27,7 @@ from nnunet_transplant.merging.calibration import Calibration, Volumes, open_cal
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import Method, find
 from nnunet_transplant.merging.stages import scales
-from nnunet_transplant.merging.vectors import Tensors
+from nnunet_transplant.merging.vectors import Tensors, in_parallel
 from nnunet_transplant.model_folder import (
     CHECKPOINT,
     TrainedModel,
@@ -228,6 +228,7 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
     if sha256 is None and theta_0 is not None:
         sha256 = checkpoints.tensors_sha256(theta_0)
     method = find(recipe.method)
+    hashes = in_parallel(checkpoints.file_sha256, [model.path for model in models])
     return {
         "method": method.name, "reference": method.reference, "parameters": settings,
         "weights": None if recipe.weights is None else list(recipe.weights),
@@ -235,9 +236,9 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
         "stage_weights": None if recipe.stage_weights is None else list(recipe.stage_weights),
         "volumes": None if calibration is None else calibration.provenance(),
         "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
-        "inputs": [{"path": str(model.path.resolve()), "sha256": checkpoints.file_sha256(model.path),
-                    "fold": model.fold, "group": group, "weight": weight, "structures": list(structures(model))}
-                   for model, group, weight in zip(models, groups, weights, strict=True)]}
+        "inputs": [{"path": str(model.path.resolve()), "sha256": sha256, "fold": model.fold, "group": group,
+                    "weight": weight, "structures": list(structures(model))}
+                   for model, sha256, group, weight in zip(models, hashes, groups, weights, strict=True)]}
 
 
 def _notes(models: Sequence[TrainedModel], tensors: Sequence[dict[str, torch.Tensor]]) -> list[str]:

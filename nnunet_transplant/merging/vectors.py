@@ -72,7 +72,7 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> It
 
 
 TINY = 1e-30  # keeps 0 / 0 at 0
-BLOCK = 1 << 16  # entries; what is made of a block stays in the cache
+BLOCK = 1 << 18  # entries; what is made of a block stays in the cache
 
 
 def blocks(size: int) -> Iterator[tuple[int, int]]:

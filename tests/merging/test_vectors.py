@@ -17,7 +17,7 @@ from nnunet_transplant.merging.vectors import (
     where_one,
 )
 
-LONG = (1 << 18) + 12345
+LONG = 2 * BLOCK + 100_000  # entries, more than are sorted right away
 STRIDE = 64  # kth_largest's sample of so long a vector takes every STRIDE-th entry
 RANKS = (1, 2, 26, LONG // 10, LONG // 2, 3 * LONG // 4, LONG - 26, LONG - 1, LONG)
 KINDS = ["normal", "constant", "zeros", "few values", "mostly zero", "heavy tails", "all magnitudes", "sorted",
