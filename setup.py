@@ -30,7 +30,10 @@ setup(
         "pandas>=2.0",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff>=0.6", "setuptools>=77"]},
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.6", "setuptools>=77"],
+        "benchmark": ["mergekit>=0.1.5", "fusion_bench>=0.2.33"],  # what benchmarks/merge_speed.py compares with
+    },
     entry_points={
         "console_scripts": [f"nnunet_transplant_{name} = nnunet_transplant.cli.{name}:main" for name in COMMANDS]
     },
