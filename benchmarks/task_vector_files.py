@@ -4,8 +4,7 @@ from pathlib import Path
 import pandas as pd
 from steps import Steps
 
-CHOICES = (("float32", 1.0), ("float16", 1.0), ("bfloat16", 1.0), ("float16", 0.5), ("float16", 0.2),
-           ("float16", 0.05))
+CHOICES = (("float32", 1.0), ("float16", 1.0), ("bfloat16", 1.0), ("float16", 0.5), ("float16", 0.2), ("float16", 0.1))
 
 
 def size_and_dice(run: Steps, expert: Path, base: Path, dataset: int, fold: int, device: str) -> None:
