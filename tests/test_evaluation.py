@@ -380,7 +380,7 @@ ERRORS = {
     "fold": (lambda d: None, {"fold": "3"}, "has no fold 3: its splits_final.json holds folds 0 to 2"),
     "no fold": (lambda d: None, {"fold": "-1"}, "-f must be the number of a fold or all, not -1"),
     "empty fold": (lambda d: None, {"fold": "1"}, "no case to evaluate"),
-    "unknown case": (lambda d: None, {"fold": "2"}, "case z of fold 2 has no images"),
+    "unknown case": (lambda d: None, {"fold": "2"}, "case z has no images in Dataset700_Small"),
     "channels": (write_two_channels, {}, "takes 1 channel, but case a of Dataset700_Small has 2"),
     "structures": (lambda d: edit_json(d / "dataset.json", labels={"background": 0, "x": 1}), {}, "has no structure"),
     "device": (lambda d: None, {"device": "tpu"}, "-device must be"),
