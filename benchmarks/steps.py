@@ -36,18 +36,18 @@ class Steps:
         seconds = json.loads(self.log.read_text()) if self.log.exists() else {}
         self.log.write_text(json.dumps(seconds | {command: round(time.time() - start)}, indent=1))
 
-    def model(self, dataset: str, trainer: str) -> Path:
-        return self.results / dataset / f"{trainer}__{PLANS}__3d_fullres"
+    def model(self, dataset: str, trainer: str, plans: str = PLANS) -> Path:
+        return self.results / dataset / f"{trainer}__{plans}__3d_fullres"
 
 
-def write_small_plans(preprocessed: Path) -> None:
-    """nnU-Net's own plans with half the features, a smaller patch and batch 4, on the same preprocessed data."""
+def write_small_plans(preprocessed: Path, name: str = PLANS, features: int = 16) -> None:
+    """nnU-Net's own plans with fewer features, a smaller patch and batch 4, on the same preprocessed data."""
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
-    plans["plans_name"] = PLANS
+    plans["plans_name"] = name
     configuration = plans["configurations"]["3d_fullres"]
     configuration |= {"batch_size": 4, "patch_size": [32, 40, 32]}
-    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [16, 32, 64, 128]
-    (preprocessed / f"{PLANS}.json").write_text(json.dumps(plans, indent=4, sort_keys=False))
+    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [features * 2 ** i for i in range(4)]
+    (preprocessed / f"{name}.json").write_text(json.dumps(plans, indent=4, sort_keys=False))
 
 
 def write_splits(preprocessed: Path, splits: list[dict[str, list[str]]]) -> None:

@@ -228,12 +228,14 @@ def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
     _clear_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+    renamed = False
     try:
         yield temporary
         try:
             if replace and path.is_dir():
                 os.rename(path, old)
             os.rename(temporary, path)
+            renamed = True
         except OSError as error:
             if old.exists() and not path.exists():
                 os.rename(old, path)
@@ -242,7 +244,7 @@ def atomic_path(path: Path, replace: bool = False) -> Iterator[Path]:
             raise
     finally:
         _remove(temporary)
-        if path.exists():  # else the old one is the last
+        if renamed or path.exists():  # else the old one is the last; a path renamed to may have been replaced again
             _remove(old)
 
 

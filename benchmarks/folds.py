@@ -1,0 +1,76 @@
+"""Five folds become one model: Dataset004_Hippocampus of the Medical Segmentation Decathlon, on a CPU.
+
+    python benchmarks/folds.py DATA/Dataset004_Hippocampus WORK
+
+Of nnU-Net's first split the 40 validation cases are the test, which no model sees. The other 160 make folds as nnU-Net
+makes them, each trained from its own random weights (folds), or from one base of half the steps (based); beside them
+one model of all 160 cases (all), Anterior and Posterior as tasks without a common base, and wider networks. Every step
+is a command a user types, run as such; a step whose result is there is skipped, so an interrupted run goes on.
+"""
+import argparse
+import shutil
+from pathlib import Path
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from steps import PLANS, Steps, write_small_plans, write_splits
+
+DATASET = "Dataset004_Hippocampus"
+WHOLE, HALF = (f"nnUNetTrainer_{epochs}epochs_125iterations_NoMirroring" for epochs in (4, 2))
+ALL = 5  # the split with all 160 training cases; its validation cases are the test
+TASKS = {921: "Anterior", 922: "Posterior"}
+WIDTHS = {32: f"{PLANS}32", 64: f"{PLANS}64"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="Dataset004_Hippocampus in nnU-Net raw format")
+    parser.add_argument("work", type=Path, help="folder for nnUNet_raw, nnUNet_preprocessed and nnUNet_results")
+    parser.add_argument("-device", default="cpu")
+    args = parser.parse_args()
+    run = Steps(args.work)
+    prepare(run, args.data)
+    train(run, args.device)
+
+
+def prepare(run: Steps, data: Path) -> None:
+    raw, preprocessed = run.raw / DATASET, run.preprocessed / DATASET
+    if not raw.exists():
+        shutil.copytree(data, raw)
+    run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
+    write_small_plans(preprocessed)
+    for features, name in WIDTHS.items():
+        write_small_plans(preprocessed, name, features)
+    write_splits(preprocessed, splits(sorted(path.name.removesuffix(".nii.gz")
+                                             for path in (raw / "labelsTr").iterdir())))
+    run(run.raw / "Dataset922_Posterior", "nnunet_transplant_split_tasks -d 4 -tasks Anterior=Anterior "
+                                          f"Posterior=Posterior -ids 921 922 -p {PLANS}")
+
+
+def splits(cases: list[str]) -> list[dict[str, list[str]]]:
+    """Folds 0 to 4 of the 160 cases (four of a fold's own are enough for nnU-Net's validation), and all of them."""
+    outer = generate_crossval_split(cases, seed=12345, n_splits=5)[0]
+    inner = generate_crossval_split(outer["train"], seed=12345, n_splits=5)
+    return [{"train": fold["train"], "val": fold["val"][:4]} for fold in inner] + [outer]
+
+
+def train(run: Steps, device: str) -> None:
+    def fold(dataset: str, number: int, trainer: str, plans: str = PLANS, pretrained: Path | None = None) -> Path:
+        checkpoint = run.model(dataset, trainer, plans) / f"fold_{number}" / "checkpoint_final.pth"
+        start = "" if pretrained is None else f" -pretrained_weights {pretrained}"
+        run(checkpoint, f"nnUNetv2_train {dataset} 3d_fullres {number} -tr {trainer} -p {plans} -device {device}{start}")
+        return checkpoint
+
+    for number in (0, 1, 2, ALL):
+        fold(DATASET, number, WHOLE)
+    base = fold(DATASET, ALL, HALF)
+    for number in (0, 1, 2):
+        fold(DATASET, number, HALF, pretrained=base)
+    for number, name in TASKS.items():
+        fold(f"Dataset{number}_{name}", ALL, WHOLE)
+    for plans in WIDTHS.values():
+        for number in (0, 1):
+            fold(DATASET, number, HALF, plans)
+
+
+if __name__ == "__main__":
+    main()
