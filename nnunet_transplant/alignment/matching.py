@@ -5,8 +5,8 @@ model n is row n D + i of a matrix (N D, N D), the paper's C_l (MuDSC, CVPR 2024
 more alike the units. What is found is the paper's P_l, Eq. 1: one permutation for each model (align, Git Re-Basin,
 ICLR 2023), or sets of units that may differ in size and hold several units of one model (zip_units, ZipIt!, ICLR 2024).
 
-Group structure (Sec. 3.3): with `blocks` > 1, units lie in so many blocks of D / blocks consecutive units (the groups of
-a group normalisation, the heads of an attention) that stay together. `rigid` blocks keep the order of their units, too.
+Group structure (Sec. 3.3): with `blocks` > 1, units lie in so many blocks of D / blocks consecutive units that stay
+together (the groups of a group normalisation, the heads of an attention). `rigid` blocks keep their units' order, too.
 """
 from collections.abc import Sequence
 
@@ -51,8 +51,7 @@ def align_many(similarity: np.ndarray, models: int, blocks: int = 1, rigid: bool
     mean of the others as they are permuted now, until no model moves in a whole sweep: the sum over all pairs of models
     of their matched similarities only ever rises. Raises ValueError like align."""
     between = _between_models(similarity, models)
-    permutations = [align(between[0, :, n], blocks, rigid) for n in range(models)]
-    permutations[0] = np.arange(between.shape[1])
+    permutations = [np.arange(between.shape[1]), *(align(between[0, :, n], blocks, rigid) for n in range(1, models))]
     for _ in range(sweeps if to_mean and models > 2 else 0):
         moved = False
         for n in range(models):
@@ -73,14 +72,15 @@ def zip_units(similarity: np.ndarray, models: int, decay: float = 0.5, budget: f
     """The merged unit 0 ... keep - 1 (keep: D unless told) of every unit of all models: (N D,), int64, of a symmetric
     matrix (N D, N D).
 
-    ZipIt!'s greedy merging: the most similar pair of units is joined until `keep` units are left. Its similarity to
-    another unit is the smaller one of its two units, times decay (the paper's alpha; of similarities below 0, too).
-    A unit that comes from one model alone (all its members do) may be joined to another that comes from the same model
-    only within this model's budget (the paper's beta): int((N D - keep) / N budget + 1e-4) joins. Where it is used up,
-    such pairs are passed over; their similarities still count in those of units joined later, as a joined unit of
-    several models is barred from nothing. So with two models or more some pair is always left to join, down to
-    keep = 1; a single model has no other pairs, hence no limit. Of equally similar pairs i < j the smallest i is joined,
-    then the smallest j; i and j stand for the smallest members. Merged units are in the order of their smallest members.
+    ZipIt!'s greedy merging: the most similar pair of units is joined until `keep` units are left. The joined unit's
+    similarity to another is the smaller one of its two parts', times decay (the paper's alpha; of negative ones, too).
+    Of equally similar pairs i < j the one with the smallest i is joined, then with the smallest j: the numbers of the
+    units' smallest members, whose order is also that of the merged units.
+
+    Two units that come from one and the same model alone (all their members do) are joined only within the model's
+    budget (the paper's beta): int((N D - keep) / N budget + 1e-4) such joins. Once it is used up such pairs are passed
+    over, but their similarities still count in units joined later: a unit of several models is barred from nothing.
+    So with two models or more some pair is left to join, down to keep = 1. A single model has no other pairs: no limit.
 
     With blocks this is group zip (Sec. 3.3): align_many, to the mean, says which blocks belong together, and the units
     of each set of blocks are zipped by themselves, D / blocks of them kept: merged units lie in blocks as the first
@@ -92,7 +92,7 @@ def zip_units(similarity: np.ndarray, models: int, decay: float = 0.5, budget: f
     if not 1 <= keep <= models * units:
         raise ValueError(f"keep is {keep}: there are {models * units} units to merge")
     if blocks == 1 and not rigid:
-        return _zip(between.reshape(models * units, -1).copy(), models, decay, budget, keep)
+        return _zip(between.reshape(models * units, -1), models, decay, budget, keep)
     if keep != units:
         raise ValueError(f"keep is {keep}: blocks are merged to as many units as one model has, {units}")
     permutations = align_many(similarity, models, blocks, rigid, to_mean=True)
@@ -143,7 +143,7 @@ def _checked(similarity: np.ndarray, parts: int, name: str) -> np.ndarray:
 
 
 def _between_models(similarity: np.ndarray, models: int) -> np.ndarray:
-    """The similarities as (N, D, N, D), exactly symmetric: a product A A^T may miss it by rounding."""
+    """The similarities as (N, D, N, D), a copy, exactly symmetric: a product A A^T may miss it by rounding."""
     similarity = _checked(similarity, models, "models")
     return ((similarity + similarity.T) / 2).reshape(models, -1, models, len(similarity) // models)
 
