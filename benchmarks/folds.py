@@ -57,7 +57,8 @@ def train(run: Steps, device: str) -> None:
     def fold(dataset: str, number: int, trainer: str, plans: str = PLANS, pretrained: Path | None = None) -> Path:
         checkpoint = run.model(dataset, trainer, plans) / f"fold_{number}" / "checkpoint_final.pth"
         start = "" if pretrained is None else f" -pretrained_weights {pretrained}"
-        run(checkpoint, f"nnUNetv2_train {dataset} 3d_fullres {number} -tr {trainer} -p {plans} -device {device}{start}")
+        run(checkpoint,
+            f"nnUNetv2_train {dataset} 3d_fullres {number} -tr {trainer} -p {plans} -device {device}{start}")
         return checkpoint
 
     for number in (0, 1, 2, ALL):

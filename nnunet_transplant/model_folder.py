@@ -225,9 +225,9 @@ def preprocessing_fields(model: TrainedModel) -> dict[str, Any]:
     return fields
 
 
-def check_mergeable(models: Sequence[TrainedModel]) -> None:
+def check_mergeable(models: Sequence[TrainedModel], same_base: bool = True) -> None:
     """Raise TransplantError with a table of what differs, unless all models preprocess their input in the same way,
-    have the same tensors, and come from the same theta_0 where it is known."""
+    have the same tensors, and with same_base come from the same theta_0 where it is known."""
     first = models[0]
     for other in models[1:]:
         ours, theirs = preprocessing_fields(first), preprocessing_fields(other)
@@ -238,7 +238,7 @@ def check_mergeable(models: Sequence[TrainedModel]) -> None:
         rows += [(name, body.get(name, "none"), other_body.get(name, "none")) for name in body | other_body
                  if body.get(name) != other_body.get(name)][:5]
         known = (first.theta_0_sha256, other.theta_0_sha256)
-        if None not in known and known[0] != known[1]:
+        if same_base and None not in known and known[0] != known[1]:
             rows.append(("theta_0 (SHA-256)", known[0][:16], known[1][:16]))
         if rows:
             table = "\n".join(f"  {field}: {_short(a)} | {_short(b)}" for field, a, b in rows)

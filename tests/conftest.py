@@ -6,6 +6,15 @@ import pytest
 from nnunet_transplant.environment import ext_trainer_value
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_processes() -> Iterator[None]:
+    """Commands started by tests share few cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(scope="module")
 def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with nnU-Net's three folders, and the environment that commands started by tests run in."""
@@ -14,7 +23,5 @@ def nnunet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("raw", "preprocessed", "results"):
             (root / name).mkdir()
             patch.setenv(f"nnUNet_{name}", str(root / name))
-        for name, value in {"nnUNet_extTrainer": ext_trainer_value(), "nnUNet_n_proc_DA": "1",
-                            "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}.items():
-            patch.setenv(name, value)
+        patch.setenv("nnUNet_extTrainer", ext_trainer_value())
         yield root

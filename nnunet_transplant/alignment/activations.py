@@ -5,43 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 
+from nnunet_transplant.alignment.graph import Run
 from nnunet_transplant.alignment.spec import Spec
 from nnunet_transplant.alignment.weights import correlation
 
 CHUNK = 1 << 15  # voxels at a time
-
-
-def lockstep(program: Any, networks: Sequence[Mapping[str, torch.Tensor]], image: torch.Tensor,
-             wanted: set[str]) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Run several networks of one graph on one patch (1, channels, ...), operation by operation beside each other, and
-    give the values of the wanted nodes as they are made. Memory is that of running all of them."""
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    last = {node: user for user in program.graph.nodes for node in user.all_input_nodes}  # the last user of each
-    done: dict[fx.Node, list[fx.Node]] = {}
-    for node, user in last.items():
-        done.setdefault(user, []).append(node)
-    values: list[dict[fx.Node, Any]] = [{} for _ in networks]
-    for node in program.graph.nodes:
-        if node.op == "output":
-            return
-        if node.op == "placeholder" and not node.users:  # another name of a tied tensor
-            continue
-        for value, network in zip(values, networks, strict=True):
-            if node.op == "placeholder":
-                name = names.get(node.name)
-                value[node] = image if name is None else network[name] if name in network \
-                    else program.constants[name].to(image.device)
-            else:
-                value[node] = node.target(*fx.node.map_arg(node.args, value.__getitem__),
-                                          **fx.node.map_arg(node.kwargs, value.__getitem__))
-        if node.name in wanted:
-            yield node.name, [value[node] for value in values]
-        for value in values:
-            for unused in done.get(node, ()):
-                del value[unused]
 
 
 class Moments:
@@ -80,15 +49,17 @@ def activation_similarity(spec: Spec, program: Any, networks: Sequence[Mapping[s
 
     program: the graph of `spec`, traced for inputs of the images' shape (1, channels, ...).
     """
-    taps = {(group.name, tap.node): tap.axis for group in spec.groups.values() for tap in group.taps}
-    moments = {key: Moments() for key in taps}
-    wanted = {node for _, node in taps}
+    run = Run(program)
+    taps: dict[str, list[tuple[str, int]]] = {}
+    for group in spec.groups.values():
+        for tap in group.taps:
+            taps.setdefault(tap.node, []).append((group.name, tap.axis))
+    moments = {(group, node): Moments() for node, at in taps.items() for group, _ in at}
     with torch.no_grad():
         for image in images:
-            for node, values in lockstep(program, networks, image, wanted):
-                for (group, at), axis in taps.items():
-                    if at == node:
-                        moments[group, at].add(values, axis)
+            for node, values in run(networks, image):
+                for group, axis in taps.get(node.name, ()):
+                    moments[group, node.name].add(values, axis)
     found: dict[str, list[np.ndarray]] = {}
     for (group, _), sums in moments.items():
         found.setdefault(group, []).append(sums.correlation())

@@ -71,7 +71,7 @@ def match(spec: Spec, networks: Sequence[Network], solve: Solve, alpha: float,
                 state[name] = solve(similarity(name), models, spec.groups[name].blocks).reshape(models, -1)
             bar.update()
             now = score()
-            bar.set_postfix_str(f"mean similarity {now:.4f}")
+            bar.set_postfix_str(f"mean similarity {now:.4f}", refresh=False)
             if now > best.similarity + 1e-9 * abs(best.similarity):
                 best = Matching(dict(state), now, sweep)
             if sweep - best.sweeps >= patience or all(np.array_equal(before[name], state[name]) for name in state):

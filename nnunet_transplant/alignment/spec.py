@@ -18,6 +18,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
+from nnunet_transplant.alignment.graph import trace
 from nnunet_transplant.errors import TransplantError
 
 FIXED = -1  # the slot of what is no unit: voxels, input channels, constants
@@ -84,13 +85,7 @@ def derive(network: nn.Module, shape: Sequence[int]) -> Spec:
 
     Raises TransplantError that names what in the network cannot be traced.
     """
-    with torch.no_grad():
-        network = network.to("meta").eval()
-        try:
-            program = torch.export.export(network, (torch.zeros(*shape, device="meta"),), strict=False)
-        except Exception as error:  # torch.export meets what it cannot trace with any exception
-            raise TransplantError(f"the network cannot be traced ({type(error).__name__}: {str(error)[:200]})") \
-                from error
+    program = trace(network, shape)
     tracer = _Tracer(program)
     tracer.run()
     return Spec(tracer.groups(), program)

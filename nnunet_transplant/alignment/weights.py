@@ -3,7 +3,8 @@
 An assignment says for every model which unit of the merged network each of its units becomes: an int array (N, D). A
 permutation is an assignment in which every merged unit gets one unit of each model.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,13 +15,19 @@ Network = Mapping[str, torch.Tensor]
 Assignments = dict[str, np.ndarray]  # by group
 
 
+def restricted(spec: Spec, shared: Collection[str]) -> Spec:
+    """Only the groups whose units are made, scaled and shifted by `shared` tensors alone."""
+    return replace(spec, groups={name: group for name, group in spec.groups.items() if all(
+        segment.reads or segment.tensor in shared for segment in group.segments)})
+
+
 def identity(spec: Spec, models: int) -> Assignments:
     return {name: np.tile(np.arange(group.size), (models, 1)) for name, group in spec.groups.items()}
 
 
 def canonical_scale(tensors: Network, spec: Spec) -> dict[str, torch.Tensor]:
-    """The weights as matching compares them, float32: where a norm follows, a unit's weights may have any scale, so each
-    unit's are scaled to length 1."""
+    """The weights as matching compares them, float32: where a norm follows, a unit's weights may have any scale, so
+    each unit's are scaled to length 1."""
     result = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
     for name, segments in spec.by_tensor().items():
         axes = {segment.axis for _, segment in segments if segment.free}
@@ -50,8 +57,8 @@ class WeightSimilarity:
         self.kept: dict[tuple, tuple] = {}
 
     def _scale(self, group: Group, segment: Segment) -> tuple[float, float]:
-        """What to subtract from and divide a segment's entries by: weights have a mean length of 1 over the units of all
-        models; numbers, one for each unit, are compared by how they differ from their mean."""
+        """What to subtract from and divide a segment's entries by: weights get a mean length of 1 over the units of
+        all models; numbers, one for each unit, are compared by how they differ from their mean."""
         values = [self._part(network[segment.tensor], group, segment) for network in self.networks]
         if values[0].shape[1] == 1:
             return float(torch.cat(values).mean()), 1.0
@@ -89,8 +96,8 @@ class WeightSimilarity:
         return known[1]
 
     def between(self, name: str, one: int, other: int, assignments: Assignments, pearson: bool = True) -> np.ndarray:
-        """(D, D): similarities of the units of model `one` to those of model `other`: Pearson correlation of the rows of
-        Z, or their inner products."""
+        """(D, D): similarities of the units of model `one` to those of model `other`: Pearson correlation of the rows
+        of Z, or their inner products."""
         group = self.spec.groups[name]
         free = [s for s in self.segments[name] if not s.rigid]
         rigid = [s for s in self.segments[name] if s.rigid]

@@ -2,6 +2,7 @@
 # isort: off
 from nnunet_transplant.merging import linear, ties, sparse, consensus, spectral, geometric  # noqa: F401 - each
 from nnunet_transplant.merging import fisher, regmean, coefficients  # noqa: F401 - registers its methods, in this order
+from nnunet_transplant.merging import align  # noqa: F401 - the last: it can be followed by any other
 # isort: on
 from nnunet_transplant.merging.calibration import Volumes
 from nnunet_transplant.merging.merge import MergedModel, Recipe, merge_folders, merge_groups, merge_models, write_merge

@@ -1,6 +1,6 @@
 """The volumes that data-driven methods look at, preprocessed as the models want them and cut into patches."""
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Patch:
 class Calibration:
     """Patches of real volumes, and the networks to run on them: on `device`, without deep supervision, in eval mode."""
     models: Sequence[TrainedModel]
+    tensors: Sequence[Mapping[str, torch.Tensor]]  # of each model's network, by canonical name: aligned, where they are
     dataset_json: dict[str, Any]         # of the merged model
     heads: dict[str, torch.Tensor]       # of the merged model, by canonical name
     trainer: type[nnUNetTrainer]
@@ -69,21 +70,17 @@ class Calibration:
 
     def network(self, model: int) -> nn.Module:
         """One model's own network."""
-        network = self._network(self.models[model].dataset_json)
-        network.load_state_dict(self.models[model].state_dict())
-        return network
+        return self._network(self.models[model].dataset_json, self.tensors[model])
 
-    def merged_network(self) -> nn.Module:
-        """A network with the merged heads; the rest of its weights are the first model's, to be replaced."""
-        network = self._network(self.dataset_json)
-        layout = self.models[0].layout
-        tensors = self.models[0].tensors() | self.heads
-        network.load_state_dict({name: tensors[layout.canonical[name]] for name in layout.shapes})
-        return network
+    def merged_network(self, merged: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        """A network with the merged labels and the merged tensors, by canonical name. Without them: with the merged
+        heads; the rest of its weights are the first model's, to be replaced."""
+        return self._network(self.dataset_json, {**self.tensors[0], **self.heads} if merged is None else merged)
 
-    def _network(self, dataset_json: dict[str, Any]) -> nn.Module:
+    def _network(self, dataset_json: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         first = self.models[0]
         network = build_network(first.plans, first.configuration, dataset_json, self.trainer, deep_supervision=False)
+        network.load_state_dict({name: tensors[first.layout.canonical[name]] for name in first.layout.shapes})
         return network.to(self.device).eval().requires_grad_(False)
 
     def images(self, patches: Sequence[Patch]) -> torch.Tensor:
@@ -121,8 +118,8 @@ class Calibration:
             target[..., patch.values == ignore] = IGNORED
         return target
 
-    def bar(self, items: Any, what: str, total: int | None = None) -> tqdm:
-        return tqdm(items, desc=what, total=total, delay=3, disable=not self.progress)
+    def bar(self, items: Any, what: str) -> tqdm:
+        return tqdm(items, desc=what, delay=3, disable=not self.progress)
 
     def provenance(self) -> dict[str, Any]:
         cases = {patch.cases.dataset: list(patch.cases.files) for patch in self.patches}
@@ -150,7 +147,8 @@ def open_calibration(volumes: Volumes, models: Sequence[TrainedModel], dataset_j
     for data, values, cases in bar:
         cut = _cut(data, np.zeros(data.shape[1:]) if values is None else values, patch_size, cases)
         patches += cut if values is not None else [replace(patch, values=None) for patch in cut]
-    return Calibration(models, dataset_json, heads, trainer, patches, volumes, progress)
+    return Calibration(models, [model.tensors() for model in models], dataset_json, heads, trainer, patches, volumes,
+                       progress)
 
 
 def preprocessed(volumes: Volumes, model: TrainedModel) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:

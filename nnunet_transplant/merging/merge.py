@@ -2,7 +2,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from nnunet_transplant.heads import (
     shares,
     structures,
 )
+from nnunet_transplant.merging.align import Unaligned
 from nnunet_transplant.merging.apply import is_finite, merge_tensors
 from nnunet_transplant.merging.calibration import Calibration, Volumes, open_calibration
+from nnunet_transplant.merging.ensemble import agreement, ensemble_targets, polish, reference_targets
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import Method, find
 from nnunet_transplant.merging.stages import scales
+from nnunet_transplant.merging.statistics import has_running_statistics, recomputed
 from nnunet_transplant.merging.vectors import Tensors, in_parallel
 from nnunet_transplant.model_folder import (
     CHECKPOINT,
@@ -63,6 +66,7 @@ class Recipe:
     weights: one for each model folder; its folds share it equally. None: the method's own default.
     parameters: of the method, by name. keep_base_for, stage_weights: see `stages.scales`.
     volumes: what methods with needs_data look at.
+    polish: so many steps of AdamW at polish_lr towards what the ensemble of the models says of the volumes.
     """
     method: str = "average"
     weights: Sequence[float] | None = None
@@ -70,6 +74,8 @@ class Recipe:
     keep_base_for: Sequence[str] = ()
     stage_weights: Sequence[float] | None = None
     volumes: Volumes | None = None
+    polish: int = 0
+    polish_lr: float = 1e-3
 
 
 def merge_folders(model_paths: Sequence[Path], folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
@@ -110,36 +116,120 @@ def merge_models(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = Reci
     Raises TransplantError for models that cannot merge, a missing or other base, wrong weights or parameters, NaN or
     Inf in an input.
     """
-    method = find(recipe.method)
-    settings = method.settings(recipe.parameters)
-    group_weights = method.weights(recipe.weights, len(groups))
-    models = [model for group in groups for model in group]
-    method.check_models(len(models), recipe.volumes is not None)
-    each = [weight / len(group) for weight, group in zip(group_weights, groups, strict=True) for _ in group]
-    group_of = [index for index, group in enumerate(groups) for _ in group]
-    check_mergeable(models)
-    trainer = _common_trainer(models)
-    joined = join(models, each)
-    if joined.rows is not None:
-        for model in models:
-            check_head_rows(model)
-    layout = models[0].layout
-    held_back = scales(layout, recipe.keep_base_for, recipe.stage_weights)
-    theta_0 = _base(method, bool(held_back), models, theta_0)
-    tensors = [model.tensors() for model in models]
-    heads = _merge_heads(models, tensors, each, joined)
-    dataset_json = merged_dataset_json(models[0], joined)
-    calibration = None if recipe.volumes is None else open_calibration(recipe.volumes, models, dataset_json, heads,
-                                                                       trainer, progress)
-    merged = _merge_body(method, settings, each, models, tensors, theta_0, held_back, calibration, progress) | heads
-    fingerprint = models[0].folder / "dataset_fingerprint.json"
+    work = _Work(groups, recipe, theta_0, progress)
+    merged = work.merge()
+    first, layout = work.models[0], work.models[0].layout
     return MergedModel(
         weights={name: merged[layout.canonical[name]] for name in layout.shapes},
-        plans=models[0].plans, dataset_json=dataset_json,
-        configuration=models[0].configuration, trainer=trainer,
-        mirroring_axes=_common_axes(models), fingerprint=fingerprint if fingerprint.is_file() else None,
-        provenance=_provenance(recipe, settings, each, group_of, models, base, theta_0, calibration),
-        notes=_notes(models, tensors))
+        plans=first.plans, dataset_json=work.dataset_json, configuration=first.configuration, trainer=work.trainer,
+        mirroring_axes=_common_axes(work.models), fingerprint=_fingerprint(first),
+        provenance=work.provenance(base), notes=work.notes())
+
+
+class _Work:
+    """One merge: what the recipe asks for, checked, and the steps from the models' tensors to the merged ones."""
+
+    def __init__(self, groups: Sequence[Sequence[TrainedModel]], recipe: Recipe,
+                 theta_0: dict[str, torch.Tensor] | None, progress: bool) -> None:
+        self.recipe, self.progress = recipe, progress
+        self.method = find(recipe.method)
+        self.settings = self.method.settings(recipe.parameters)
+        self.then = self.method.then(self.settings)  # the method itself, unless it aligns
+        group_weights = self.then.weights(recipe.weights, len(groups))
+        self.models = models = [model for group in groups for model in group]
+        self.weights = [weight / len(group) for weight, group in zip(group_weights, groups, strict=True) for _ in group]
+        self.group_of = [index for index, group in enumerate(groups) for _ in group]
+        if self.method is not self.then:
+            self.method.weights_rule.check(self.weights)
+        self.check_data()
+        check_mergeable(models, same_base=self.method.align is None)
+        self.trainer = _common_trainer(models)
+        self.joined = join(models, self.weights)
+        if self.joined.rows is not None:
+            for model in models:
+                check_head_rows(model)
+        self.held_back = scales(models[0].layout, recipe.keep_base_for, recipe.stage_weights)
+        self.theta_0 = _base(self.method, self.then, bool(self.held_back), models, theta_0)
+        self.tensors = [model.tensors() for model in models]
+        self.dataset_json = merged_dataset_json(models[0], self.joined)
+        self.calibration = None if recipe.volumes is None else open_calibration(
+            recipe.volumes, models, self.dataset_json, {}, self.trainer, progress)
+        self.found: dict[str, Any] = {}  # by alignment
+
+    def check_data(self) -> None:
+        """Raise TransplantError where volumes are missing, or given to what looks at none."""
+        given = self.recipe.volumes is not None
+        for method in dict.fromkeys((self.method.name, self.then.name)):
+            find(method).check_models(len(self.models), given)
+        searches = self.settings.get("search", "no") != "no"
+        if (self.recipe.polish or searches) and not given:
+            raise TransplantError(f"{'-polish' if self.recipe.polish else '-search'} needs volumes to look at: give -d "
+                                  "DATASET")
+        if given and not (self.method.needs_data or self.then.needs_data or self.method.align or self.recipe.polish):
+            raise TransplantError(f"method {self.method.name} looks at no volumes: leave out -d")
+
+    def merge(self) -> dict[str, torch.Tensor]:
+        """The merged tensors, by canonical name."""
+        merged = self.merged(self.aligned()) if self.settings.get("search", "no") == "no" else self.searched()
+        if self.method.align is not None and self.calibration is not None and has_running_statistics(list(merged)):
+            merged = merged | recomputed(self.calibration, self.calibration.merged_network(merged))
+        if self.recipe.polish:
+            merged = polish(self.calibration, self.joined, merged, self.recipe.polish, self.recipe.polish_lr)
+        return merged
+
+    def aligned(self, **changes: Any) -> list[dict[str, torch.Tensor]]:
+        """The models' tensors in common units."""
+        if self.method.align is None:
+            return self.tensors
+        if not hasattr(self, "unaligned"):
+            for model, tensors in zip(self.models, self.tensors, strict=True):
+                for name, tensor in tensors.items():
+                    check_finite(tensor, name, model)
+            if self.calibration is not None and has_running_statistics(self.models[0].layout.names):
+                self.tensors = [tensors | recomputed(self.calibration, self.calibration.network(i))
+                                for i, tensors in enumerate(self.tensors)]
+                self.calibration = replace(self.calibration, tensors=self.tensors)
+            self.unaligned = Unaligned(self.models, self.tensors, self.trainer, self.joined.rows is None,
+                                       progress=self.progress)
+        found = self.method.align(self.unaligned, self.calibration, **self.method.own(self.settings) | changes)
+        self.found = found.found
+        return found.tensors
+
+    def merged(self, tensors: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """By the method that merges, of models in common units."""
+        heads = _merge_heads(self.models, tensors, self.weights, self.joined)
+        seen = None if self.calibration is None else replace(self.calibration, tensors=tensors, heads=heads)
+        body = _merge_body(self.then, self.then.own(self.settings), self.weights, self.models, tensors, self.theta_0,
+                           self.held_back, seen if self.then.needs_data else None, self.progress)
+        if seen is not None:
+            self.found |= seen.found
+        return body | heads
+
+    def searched(self) -> dict[str, torch.Tensor]:
+        """With the alpha out of 0, 0.1, ... 1 whose merged model is best on the volumes."""
+        targets = ensemble_targets(self.calibration, self.joined) if self.settings["search"] == "agreement" \
+            else reference_targets(self.calibration)
+        scores, best = {}, None
+        for alpha in self.calibration.bar([step / 10 for step in range(11)], "alpha"):
+            merged = self.merged(self.aligned(alpha=alpha))
+            scores[alpha] = agreement(self.calibration, self.calibration.merged_network(merged), targets)
+            if best is None or scores[alpha] > max(score for other, score in scores.items() if other != alpha):
+                best, found = merged, self.found
+        self.found = found | {"searched": {f"{alpha:g}": round(score, 6) for alpha, score in scores.items()}}
+        return best
+
+    def provenance(self, base: Path | None) -> dict[str, Any]:
+        return _provenance(self.recipe, self.settings, self.weights, self.group_of, self.models, base, self.theta_0,
+                           self.calibration, self.found)
+
+    def notes(self) -> list[str]:
+        return [] if self.method.align is not None else _notes(self.models, self.tensors)
+
+
+def _fingerprint(model: TrainedModel) -> Path | None:
+    """The dataset_fingerprint.json of a model's folder, where it has one."""
+    path = model.folder / "dataset_fingerprint.json"
+    return path if path.is_file() else None
 
 
 def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:
@@ -151,18 +241,22 @@ def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:
     return trainers.pop() if trainers else nnUNetTrainer
 
 
-def _base(method: Method, held_back: bool, models: Sequence[TrainedModel],
+def _base(method: Method, then: Method, held_back: bool, models: Sequence[TrainedModel],
           given: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-    """theta_0, where it is given or the merge needs it: the given one, else the one a model folder keeps."""
-    recorded = common_theta_0_sha256(models)
+    """theta_0, where it is given or the merge needs it: the given one, else the one a model folder keeps. For models
+    that are aligned it is in the units of the first, and must be given."""
+    recorded = None if method.align is not None else common_theta_0_sha256(models)
     if given is not None:
         check_base(given, models[0])
         if recorded is not None and checkpoints.tensors_sha256(given) != recorded:
             raise TransplantError(f"the base given by -base is not the one these models were fine-tuned from "
                                   f"(theta_0 with SHA-256 {recorded[:16]}...)")
         return given
-    if not method.needs_base and not held_back:
+    if not then.needs_base and not held_back:
         return None
+    if method.align is not None:
+        asking = f"-then {then.name}" if then.needs_base else "-keep_base_for and -stage_weights"
+        raise TransplantError(f"{asking} after an alignment: give the base of the first model with -base")
     kept = next((theta_0 for theta_0 in (model.theta_0() for model in models) if theta_0 is not None), None)
     if kept is None:
         needing = f"method {method.name} needs" if method.needs_base else "-keep_base_for and -stage_weights need"
@@ -222,7 +316,7 @@ def _common_axes(models: Sequence[TrainedModel]) -> tuple[int, ...] | None:
 
 def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[float], groups: Sequence[int],
                 models: Sequence[TrainedModel], base: Path | None, theta_0: dict[str, torch.Tensor] | None,
-                calibration: Calibration | None) -> dict[str, Any]:
+                calibration: Calibration | None, found: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that `repeat.read_merge` needs to do it again. weights: as given, None for the method's default."""
     sha256 = common_theta_0_sha256(models)
     if sha256 is None and theta_0 is not None:
@@ -234,7 +328,8 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
         "weights": None if recipe.weights is None else list(recipe.weights),
         "keep_base_for": list(recipe.keep_base_for),
         "stage_weights": None if recipe.stage_weights is None else list(recipe.stage_weights),
-        "volumes": None if calibration is None else calibration.provenance(),
+        "volumes": None if calibration is None else calibration.provenance(), "found": dict(found),
+        "polish": recipe.polish, "polish_lr": recipe.polish_lr,
         "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
         "inputs": [{"path": str(model.path.resolve()), "sha256": sha256, "fold": model.fold, "group": group,
                     "weight": weight, "structures": list(structures(model))}

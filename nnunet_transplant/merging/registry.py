@@ -1,5 +1,5 @@
 """What a merging method declares, once: the command line, its validation, merge.json and the documentation read it."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +56,9 @@ class Method:
     prepare(vectors, **parameters), where a method has it, sees the whole networks first (a `TaskVectors`); what it
     returns is the state given to merge. Methods with needs_data are given the `Calibration` volumes too:
     prepare(vectors, calibration, **parameters).
+
+    align, where a method has it, comes first: align(models, calibration, **parameters) (`alignment.methods`) puts the
+    models into common units; then the method that its parameter `then` names merges them.
     """
     name: str
     summary: str
@@ -68,6 +71,7 @@ class Method:
     max_models: int | None = None
     parameters: tuple[Parameter, ...] = ()
     prepare: Callable[..., Any] | None = None
+    align: Callable[..., Any] | None = None
 
     @property
     def needs(self) -> list[str]:
@@ -76,12 +80,13 @@ class Method:
         return ["the base"] * self.needs_base + data[self.needs_data]
 
     def check_models(self, models: int, volumes_given: bool) -> None:
-        """Raise TransplantError unless the method can merge so many models, and has the data it needs, no more."""
+        """Raise TransplantError unless the method can merge so many models, and has the data it needs."""
         if self.max_models is not None and models > self.max_models:
             raise TransplantError(f"method {self.name} merges at most {self.max_models} models, not {models}")
-        if bool(self.needs_data) != volumes_given:
-            raise TransplantError(f"method {self.name} needs volumes to look at: give -d DATASET" if self.needs_data
-                                  else f"method {self.name} looks at no volumes: leave out -d")
+        if self.align is not None and models < 2:
+            raise TransplantError(f"method {self.name} aligns models with each other: it needs at least two")
+        if self.needs_data and not volumes_given:
+            raise TransplantError(f"method {self.name} needs volumes to look at: give -d DATASET")
 
     def weights(self, given: Sequence[float] | None, models: int) -> list[float]:
         """One weight for each model. Raises TransplantError for a wrong number of them or a rule they break."""
@@ -93,14 +98,24 @@ class Method:
         self.weights_rule.check(weights)
         return weights
 
-    def settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        """All parameters, checked, the defaults filled in. Raises TransplantError for one the method does not have."""
-        known = {parameter.name: parameter for parameter in self.parameters}
+    def then(self, given: Mapping[str, Any]) -> "Method":
+        """The method that merges: this one, or where it aligns, the one that its parameter `then` names."""
+        return self if self.align is None else find(str(given.get("then", "average")))
+
+    def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters, also those of the method that comes then, checked, the defaults filled in. Raises
+        TransplantError for one that neither has."""
+        known = {parameter.name: parameter for method in (self, self.then(given)) for parameter in method.parameters}
         for name in given:
             if name not in known:
                 raise TransplantError(f"method {self.name} has no -{name} (it has: "
                                       f"{', '.join('-' + other for other in known) or 'no parameters'})")
         return {name: parameter.check(given.get(name, parameter.default)) for name, parameter in known.items()}
+
+
+    def own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the settings that are this method's."""
+        return {parameter.name: settings[parameter.name] for parameter in self.parameters}
 
 
 METHODS: dict[str, Method] = {}

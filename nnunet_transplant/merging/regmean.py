@@ -2,7 +2,8 @@
 
 A layer is a matrix W of shape (inputs, outputs) that maps rows of inputs X: a convolution the neighbourhoods of its
 input (im2col, inputs = in x kernel), a transposed convolution whose kernel is its stride single voxels (outputs = out x
-kernel). W = (sum_t w_t X_t^T X_t)^-1 sum_t w_t X_t^T X_t W_t, the entries of X^T X off the diagonal times alpha.
+kernel). W = (sum_t w_t X_t^T X_t)^-1 sum_t w_t X_t^T X_t W_t, the entries of X^T X off the diagonal times a factor
+(the paper's alpha).
 """
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +20,7 @@ BUDGET = 2 << 30  # bytes of Gram matrices at a time; for more layers the patche
 Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-def solutions(vectors: TaskVectors, calibration: Calibration, alpha: float, positions: int,
+def solutions(vectors: TaskVectors, calibration: Calibration, off_diagonal: float, positions: int,
               seed: int) -> dict[str, torch.Tensor]:
     """The merged kernels of all convolutions, by tensor name."""
     layers = {name: module for name, module in module_weights(calibration.network(0)).items()
@@ -30,7 +31,7 @@ def solutions(vectors: TaskVectors, calibration: Calibration, alpha: float, posi
         for model, weight in enumerate(vectors.weights):
             add_model(sums, calibration, model, weight, positions, seed)
         for name in group:
-            merged[name] = as_kernel(sums.pop(name).solve(alpha), layers[name]).cpu()
+            merged[name] = as_kernel(sums.pop(name).solve(off_diagonal), layers[name]).cpu()
     return merged
 
 
@@ -78,12 +79,12 @@ class Sums:
         self.right.addmm_(rows.T, rows @ matrix, alpha=weight)
         self.right_diagonal.addcmul_(rows.square().sum(0)[:, None], matrix, value=weight)
 
-    def solve(self, alpha: float) -> torch.Tensor:
+    def solve(self, off_diagonal: float) -> torch.Tensor:
         diagonal = self.gram.diagonal()
-        right = torch.lerp(self.right_diagonal, self.right, alpha)
+        right = torch.lerp(self.right_diagonal, self.right, off_diagonal)
         seen = diagonal > 0
         scale = torch.where(seen, diagonal, 1.0).rsqrt()  # unit diagonal: as well-conditioned as it gets
-        system = self.gram * alpha * scale * scale[:, None]
+        system = self.gram * off_diagonal * scale * scale[:, None]
         system.diagonal().copy_(torch.where(seen, 1.0 + 1e-6, 1.0))
         solution = scale[:, None] * torch.linalg.solve(system, scale[:, None] * right)
         return torch.where(seen[:, None], solution, self.mean)
@@ -140,6 +141,7 @@ register(Method(
     name="regmean", summary="closed-form least squares: each layer nearest to every model's outputs on its own inputs",
     reference="Dataless Knowledge Fusion by Merging Weights of Language Models, Jin et al., ICLR 2023",
     merge=regmean, prepare=solutions, weights_rule=SHARES, needs_base=False, needs_data="volumes",
-    parameters=(Parameter("alpha", 0.9, "factor of the Gram matrices' entries off the diagonal", 0.0, 1.0),
+    parameters=(Parameter("off_diagonal", 0.9, "factor of the Gram matrices' entries off the diagonal, the paper's "
+                                           "alpha", 0.0, 1.0),
                 Parameter("positions", 1024, "voxels that a layer takes of each patch, at most", 1, 2 ** 31 - 1),
                 SEED)))

@@ -84,4 +84,5 @@ def _recipe(record: dict[str, Any]) -> Recipe:
         keep_base_for=[str(pattern) for pattern in record["keep_base_for"]],
         stage_weights=None if stages is None else [float(weight) for weight in stages],
         volumes=None if volumes is None else Volumes(
-            list(volumes["datasets"]), int(volumes["n_cases"]), volumes["cases"], str(volumes["device"])))
+            list(volumes["datasets"]), int(volumes["n_cases"]), volumes["cases"], str(volumes["device"])),
+        polish=int(record.get("polish", 0)), polish_lr=float(record.get("polish_lr", 1e-3)))

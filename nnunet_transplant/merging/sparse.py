@@ -25,14 +25,14 @@ def uniform_like(tau: torch.Tensor, tensors: Tensors, model: int, seed: int) -> 
     return torch.rand(tau.shape, generator=torch.Generator().manual_seed(int.from_bytes(place, "little") >> 1))
 
 
-def dare(tensors: Tensors, state: None, density: float, then: str, seed: int, **parameters: float) -> torch.Tensor:
+def dare(tensors: Tensors, state: None, density: float, combine: str, seed: int, **parameters: float) -> torch.Tensor:
     """Drop entries of every task vector at random, scale the others by 1 / density, then add (linear) or elect signs
     (ties; a task vector of negative weight counts as its opposite, of that weight without its sign)."""
     taus = []
     for model, tau in enumerate(tensors.taus):
         random = uniform_like(tau, tensors, model, seed)
         taus.append(torch.lt(random, density, out=random).mul_(tau).div_(density))
-    if then == "linear":
+    if combine == "linear":
         return weighted_sum(tensors, [tau.mul_(parameters["lambda"]) for tau in taus])
     taus = [tau if weight >= 0 else tau.neg_() for tau, weight in zip(taus, tensors.weights, strict=True)]
     weights = [abs(weight) for weight in tensors.weights]
@@ -77,8 +77,8 @@ register(Method(
     reference="Language Models are Super Mario, Yu et al., ICML 2024",
     merge=dare, weights_rule=FREE_MEAN, by_entry=True,
     parameters=(Parameter("density", 0.1, "share of entries that survive", 1e-4, 1.0), LAMBDA,
-                Parameter("then", "linear", "how the thinned task vectors are merged: weighted sum, or TIES' election "
-                                            "of signs", choices=("linear", "ties")), SEED)))
+                Parameter("combine", "linear", "how the thinned task vectors are merged: weighted sum, or TIES' "
+                                               "election of signs", choices=("linear", "ties")), SEED)))
 register(Method(
     name="della", summary="drop entries at random, small ones more often, rescale, elect signs, average",
     reference="DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling, Deep et al., "

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+from commands import fork_command
 from factory import run_command, write_planned_phantom
 
 pytestmark = pytest.mark.slow
@@ -22,10 +23,6 @@ TASKS = {"plain": ["Solid=Liver,Spleen", "Both=Kidney+Aorta"],
 
 def model_folder(root: Path, dataset: str, trainer: str) -> Path:
     return root / "results" / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
-
-
-def train(number: int, trainer: str, *more: object) -> None:
-    run_command("nnUNetv2_train", number, "3d_fullres", 0, "-tr", trainer, "-device", "cpu", *more)
 
 
 def predict_without_this_package(*arguments: object) -> None:
@@ -48,10 +45,16 @@ def voxels(folder: Path) -> dict[str, np.ndarray]:
 def test_the_whole_job(nnunet: Path, kind: str) -> None:
     number = 801 + 10 * list(TASKS).index(kind)
     stable, task = f"nnUNetTrainerStable_{TRAINER}", f"nnUNetTrainerTaskVector_{TRAINER}"
-    write_planned_phantom(nnunet, number, kind)
+    # once with processes, as a user runs it
+    run, pools = (run_command, 1) if kind == "plain" else (fork_command, 0)
+
+    def train(number: int, trainer: str, *more: object) -> None:
+        run("nnUNetv2_train", number, "3d_fullres", 0, "-tr", trainer, "-device", "cpu", *more)
+
+    write_planned_phantom(nnunet, number, kind, run=run)
     train(number, stable)
-    run_command("nnunet_transplant_split_tasks", "-d", number, "-tasks", *TASKS[kind],
-                "-ids", number + 1, number + 2, "-np", 1)
+    run("nnunet_transplant_split_tasks", "-d", number, "-tasks", *TASKS[kind],
+        "-ids", number + 1, number + 2, "-np", 1)
     base = model_folder(nnunet, f"Dataset{number}_Phantom", stable) / "fold_0" / "checkpoint_final.pth"
     experts = []
     for i, text in enumerate(TASKS[kind], 1):
@@ -59,7 +62,7 @@ def test_the_whole_job(nnunet: Path, kind: str) -> None:
         experts.append(model_folder(nnunet, f"Dataset{number + i}_{text.partition('=')[0]}", task))
 
     merged = nnunet / f"merged_{kind}"
-    run_command("nnunet_transplant_merge", "-m", *experts, "-f", 0, "-o", merged, "-method", "ties")
+    run("nnunet_transplant_merge", "-m", *experts, "-f", 0, "-o", merged, "-method", "ties")
     dataset = json.loads((merged / "dataset.json").read_text())
     structures = {"plain": ["Solid", "Kidney", "Aorta"], "regions": ["All", "SolidOrgans", "Kidney"]}
     assert [name for name in dataset["labels"] if name not in ("background", "ignore")] == \
@@ -71,21 +74,20 @@ def test_the_whole_job(nnunet: Path, kind: str) -> None:
     few.mkdir()
     for path in sorted(images.iterdir())[:2]:
         (few / path.name).symlink_to(path)
-    run_command("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"ours_{kind}", "-m", merged, "-device", "cpu",
-                "-npp", 0, "-nps", 0)
-    pools = 1 if kind == "plain" else 0  # once with processes, as by default
-    run_command("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"fly_{kind}", "-m", *experts, "-f", 0,
-                "-method", "ties", "-device", "cpu", "-npp", pools, "-nps", pools)
+    run("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"ours_{kind}", "-m", merged, "-device", "cpu",
+        "-npp", 0, "-nps", 0)
+    run("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"fly_{kind}", "-m", *experts, "-f", 0,
+        "-method", "ties", "-device", "cpu", "-npp", pools, "-nps", pools)
     predict_without_this_package("-i", few, "-o", nnunet / f"stock_{kind}", "-m", merged, "-f", "all", "-device", "cpu",
-                                 "-npp", 1, "-nps", 1)
+                                 "-npp", pools, "-nps", pools)
     ours, fly, stock = (voxels(nnunet / f"{name}_{kind}") for name in ("ours", "fly", "stock"))
     assert len(stock) == 2
     for name, expected in stock.items():
         np.testing.assert_array_equal(ours[name], expected)
         np.testing.assert_array_equal(fly[name], expected)
 
-    run_command("nnunet_transplant_evaluate", "-m", merged, experts[0], "-d", number, "-f", 0,
-                "-o", nnunet / f"scores_{kind}", "-device", "cpu")
+    run("nnunet_transplant_evaluate", "-m", merged, experts[0], "-d", number, "-f", 0,
+        "-o", nnunet / f"scores_{kind}", "-device", "cpu")
     assert len(list((nnunet / f"scores_{kind}").glob("*/summary.json"))) == 2
 
 

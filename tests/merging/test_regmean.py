@@ -97,7 +97,7 @@ def test_the_first_layer_is_the_least_squares_of_both_models(tmp_path: Path, vol
     base = base_network()
     models = [write_model(tmp_path / name, {"background": 0, name: 1}, base=base, seed=i, step=0.2)
               for i, name in enumerate("AB")]
-    recipe = Recipe("regmean", parameters={"alpha": 1.0, "positions": 10 ** 6}, volumes=volumes)
+    recipe = Recipe("regmean", parameters={"off_diagonal": 1.0, "positions": 10 ** 6}, volumes=volumes)
     merged = merge_folders(models, recipe=recipe)["all"].weights
     average = merge_folders(models)["all"].weights
     first, deep = "encoder.stages.0.0.convs.0.conv.weight", "encoder.stages.2.0.convs.0.conv.weight"

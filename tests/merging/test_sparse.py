@@ -34,7 +34,7 @@ def test_dare_keeps_a_share_and_scales_it_up(density: float) -> None:
     torch.testing.assert_close(result[kept], tau[kept] / density, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("name", "given"), [("dare", {"density": 0.4}), ("dare", {"density": 0.4, "then": "ties"}),
+@pytest.mark.parametrize(("name", "given"), [("dare", {"density": 0.4}), ("dare", {"density": 0.4, "combine": "ties"}),
                                              ("della", {"density": 0.5, "epsilon": 0.4}),
                                              ("della", {"density": 0.5, "epsilon": 0.0})])
 def test_the_mean_over_seeds_is_the_task_vector(name: str, given: dict) -> None:
@@ -46,16 +46,16 @@ def test_the_mean_over_seeds_is_the_task_vector(name: str, given: dict) -> None:
     assert (results == 0).any(0).all() and (results != 0).any(0).all()  # every entry is kept and dropped in turn
 
 
-@pytest.mark.parametrize(("name", "then"), [("dare", "linear"), ("dare", "ties"), ("della", None)])
+@pytest.mark.parametrize(("name", "combine"), [("dare", "linear"), ("dare", "ties"), ("della", None)])
 @pytest.mark.parametrize(("shape", "weights", "scale"), [((40,), [1, 1, 1], 1.0), ((6, 7), [0.5, 0.2, 1.0], 0.7),
                                                          ((3, 2, 3, 3), [2, 0, 1], -1.5),
                                                          ((3, 2, 3, 2, 2), [1, 1, 1], 2.0), ((1,), [1, 1, 1], 1.0)])
-def test_thinned_task_vectors_are_added_or_elected(name: str, then: str | None, shape: tuple, weights: list[float],
+def test_thinned_task_vectors_are_added_or_elected(name: str, combine: str | None, shape: tuple, weights: list[float],
                                                    scale: float) -> None:
     theta_0, thetas = tensors(shape, 3)
-    given = {"density": 0.6, "seed": 5} | ({"then": then} if then else {})
+    given = {"density": 0.6, "seed": 5} | ({"combine": combine} if combine else {})
     taus = [tau.double().numpy() for tau in thinned(name, theta_0, thetas, **given)]
-    if then == "linear":
+    if combine == "linear":
         change = scale * sum(weight * tau for weight, tau in zip(weights, taus, strict=True))
     else:
         change = scale * plain_disjoint_mean(taus, weights)
@@ -67,10 +67,10 @@ def test_dare_with_ties_forgets_a_task_of_negative_weight() -> None:
     """A negative weight is that weight without its sign for the task vector turned round, so that what is divided by
     is never near zero: the sum of the weights is, where they cancel."""
     taus = [torch.tensor([2.0, -2.0, 1.0]), torch.tensor([1.0, 1.0, -4.0])]
-    merged = merge("dare", torch.zeros(3), taus, [1.0, -0.75], density=1.0, then="ties")
+    merged = merge("dare", torch.zeros(3), taus, [1.0, -0.75], density=1.0, combine="ties")
     turned = plain_disjoint_mean([taus[0].numpy(), -taus[1].numpy()], [1.0, 0.75])
     torch.testing.assert_close(merged, torch.tensor(turned).float())
-    assert torch.equal(merge("dare", torch.zeros(3), taus, [0.0, 0.0], density=1.0, then="ties"), torch.zeros(3))
+    assert torch.equal(merge("dare", torch.zeros(3), taus, [0.0, 0.0], density=1.0, combine="ties"), torch.zeros(3))
 
 
 @pytest.mark.parametrize("name", ["dare", "della"])

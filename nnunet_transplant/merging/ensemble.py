@@ -1,0 +1,129 @@
+"""The ensemble of the models that are merged, as a teacher: what one merged model should say, without any labels."""
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from nnunet_transplant.architecture import canonical_names
+from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.heads import JoinedHeads, head_rows
+from nnunet_transplant.labels import has_regions
+from nnunet_transplant.merging.calibration import IGNORED, Calibration
+
+
+def ensemble_logits(calibration: Calibration, joined: JoinedHeads, what: str) -> list[torch.Tensor]:
+    """The logits (rows, *patch_size) of the ensemble for every patch, in half precision on the CPU: of models with the
+    same labels the mean, as nnU-Net's ensemble; of tasks their scores joined as their heads are."""
+    total: list[torch.Tensor] = []
+    for model in range(len(calibration.models)):
+        network = calibration.network(model)
+        for index, patch in enumerate(calibration.bar(calibration.patches, f"{what}, model {model + 1}")):
+            with torch.no_grad():
+                logits = part_of(network(calibration.images([patch]))[0], joined, model, len(calibration.models))
+            if model == 0:
+                total.append(logits.cpu())
+            else:
+                total[index] += logits.cpu()
+    return [logits.half() for logits in total]
+
+
+def part_of(logits: torch.Tensor, joined: JoinedHeads, model: int, models: int) -> torch.Tensor:
+    """What one model adds to the ensemble's logits."""
+    if joined.rows is None:
+        return logits / models
+    part = logits.new_zeros(len(joined.rows) + joined.softmax, *logits.shape[1:])
+    for index, rows in enumerate(joined.rows, start=int(joined.softmax)):
+        for owner, row in rows:
+            if owner == model:
+                score = logits[row] - logits[0] if joined.softmax else logits[row]
+                part[index] += score / len(rows)
+    return part
+
+
+def labels_of(logits: torch.Tensor, regions: bool) -> torch.Tensor:
+    """(batch, rows, *size) -> (batch, structures, *size) of 0 and 1."""
+    if regions:
+        return logits > 0
+    return nn.functional.one_hot(logits.argmax(1), logits.shape[1])[..., 1:].movedim(-1, 1) > 0
+
+
+def agreement(calibration: Calibration, network: nn.Module, targets: Sequence[torch.Tensor]) -> float:
+    """Mean Dice over the structures of a network's labels with `targets`, one (structures, *patch_size) for each patch,
+    over the voxels of all patches; IGNORED where nothing counts."""
+    regions = has_regions(calibration.dataset_json["labels"])
+    both = sizes = 0
+    with torch.no_grad():
+        for patch, target in zip(calibration.patches, targets, strict=True):
+            found = labels_of(network(calibration.images([patch])), regions)[0].cpu()
+            counted = target != IGNORED
+            both += (found & (target == 1)).flatten(1).sum(1)
+            sizes += (found & counted).flatten(1).sum(1) + (target == 1).flatten(1).sum(1)
+    return float(torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0).mean())
+
+
+def ensemble_targets(calibration: Calibration, joined: JoinedHeads) -> list[torch.Tensor]:
+    regions = has_regions(calibration.dataset_json["labels"])
+    return [labels_of(logits[None].float(), regions)[0].to(torch.int8)
+            for logits in ensemble_logits(calibration, joined, "ensemble")]
+
+
+def reference_targets(calibration: Calibration) -> list[torch.Tensor]:
+    """From the label maps of the cases. Raises TransplantError where there are none."""
+    rows = list(head_rows(calibration.models[0].plans, calibration.dataset_json).values())
+    targets = []
+    for patch in calibration.patches:
+        target = calibration.targets([patch])[0].cpu()
+        if not has_regions(calibration.dataset_json["labels"]):
+            target = torch.stack([torch.where(target == IGNORED, IGNORED, (target == row).long()) for row in rows])
+        targets.append(target)
+    return targets
+
+
+def polish(calibration: Calibration, joined: JoinedHeads, merged: dict[str, torch.Tensor], steps: int, lr: float,
+           seed: int = 0) -> dict[str, torch.Tensor]:
+    """The merged tensors after some steps of AdamW that pull what the model says towards the ensemble: the mean over
+    voxels of the Kullback-Leibler divergence from the ensemble's probabilities. No labels, no augmentation.
+
+    Raises TransplantError where the weights become NaN or Inf.
+    """
+    teacher = ensemble_logits(calibration, joined, "ensemble")
+    regions = has_regions(calibration.dataset_json["labels"])
+    network = calibration.merged_network(merged).requires_grad_(True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for chosen in calibration.bar(list(_batches(len(teacher), calibration.configuration.batch_size, steps, seed)),
+                                  "polishing"):
+        target = torch.stack([teacher[i] for i in chosen]).float().to(calibration.device)
+        loss = divergence(network(calibration.images([calibration.patches[i] for i in chosen])), target, regions)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 12)  # as nnU-Net
+        optimizer.step()
+        schedule.step()
+    canonical = canonical_names(network)
+    polished = {canonical[name]: tensor.detach().cpu().to(merged[canonical[name]].dtype)
+                for name, tensor in network.state_dict().items()}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in polished.values()):
+        raise TransplantError("polishing diverged: give a smaller -polish_lr")
+    return merged | polished
+
+
+def divergence(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torch.Tensor:
+    """KL(target || logits) in nats, the mean over voxels (and regions); both are logits (batch, rows, *size)."""
+    if regions:
+        probability = target.sigmoid()
+        cross = nn.functional.binary_cross_entropy_with_logits(logits, probability)
+        return cross - nn.functional.binary_cross_entropy_with_logits(target, probability)
+    return nn.functional.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none",
+                                log_target=True).sum(1).mean()
+
+
+def _batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """So many batches of patches, each patch once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < size:
+            queue += torch.randperm(count, generator=generator).tolist()
+        yield queue[:size]
+        del queue[:size]
