@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pydoc
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,7 +64,8 @@ def canonical_names(network: nn.Module) -> dict[str, str]:
 def find_trainer(trainer_name: str) -> type[nnUNetTrainer]:
     """The trainer class nnU-Net finds by this name. Raises TransplantError where it finds none."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net narrates its search
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # nnU-Net narrates its search,
+            warnings.simplefilter("ignore")  # and imports on it what torch finds outdated
             return recursive_find_trainer_class_by_name(trainer_name)
     except (RuntimeError, AssertionError, TypeError) as error:  # the last two: it finds something else of this name
         raise TransplantError(f"nnU-Net does not find the trainer '{trainer_name}', which builds this network: add its "

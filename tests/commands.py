@@ -5,6 +5,8 @@ import os
 import pkgutil
 import subprocess
 import sys
+from multiprocessing.context import SpawnContext
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,6 +42,7 @@ def _call(name: str, args: list[str], environment: dict[str, str], folder: str, 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    SpawnContext.Pool = lambda _, processes: ThreadPool(processes)  # its processes would import all of it again
     sys.argv = [name, *args]
     (command,) = importlib.metadata.entry_points(group="console_scripts", name=name)
     sys.exit(command.load()())

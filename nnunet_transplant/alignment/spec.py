@@ -1,12 +1,13 @@
 """Which axes of which tensors share one permutation of units, derived from the graph that `torch.export` traces.
 
-Every entry along an axis of a tensor is a slot, every value in the graph carries the slot that each of its entries
-comes from. An operation that meets two values entry by entry (a sum, a norm's scale) ties their slots; a contraction (a
-convolution, a linear layer) ties the slots of its input to those of its weight and makes new units. Slots tied to each
-other are one unit; units with the same places in the same tensors may change places with each other: they are a group.
+Every entry along an axis of a tensor is a slot, and every value in the graph carries the slots that its entries come
+from. An operation that meets two values entry by entry (a sum, a norm's scale) ties their slots; a contraction (a
+convolution, a linear layer) ties the slots of its input to those that its weight reads, and gives out those that its
+weight makes. Slots tied to each other are one unit. Units may change places with each other, they are a group, if they
+lie in the same tensors and are treated alike: the same operations, the same constants.
 """
 import math
-import operator
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
+from torch.export import ExportedProgram
 
-from nnunet_transplant.alignment.graph import trace
 from nnunet_transplant.errors import TransplantError
 
-FIXED = -1  # the slot of what is no unit: voxels, input channels, constants
+FIXED = -1  # the slot of what is no unit: the image, constants, what is left when all units are summed up
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Group:
 class Spec:
     """The groups of a network by name, and the graph they were found in."""
     groups: dict[str, Group]
-    program: Any = field(repr=False, compare=False, default=None)  # of torch.export
+    program: ExportedProgram | None = field(repr=False, compare=False, default=None)
 
     def text(self) -> str:
         """As --show_spec prints it: a line for every group, one for each of its segments."""
@@ -81,11 +82,21 @@ class Spec:
 
 
 def derive(network: nn.Module, shape: Sequence[int]) -> Spec:
-    """The spec of a network in eval mode, for inputs of this shape (1, channels, ...).
+    """The spec of a network, which is put in eval mode, for inputs of this shape (1, channels, ...).
 
-    Raises TransplantError that names what in the network cannot be traced.
+    Nothing is computed: the network may be on the meta device, but then so are the program's constants.
+    Raises TransplantError that names what in the network cannot be followed.
     """
-    program = trace(network, shape)
+    image = torch.zeros(*shape, device=next(network.parameters()).device)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(network.eval(), (image,), strict=False)
+    except Exception as error:  # torch.export meets what it cannot trace with any exception
+        names = {id(module): name for name, module in network.named_modules()}
+        calls = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        where = next((names[module] for module in reversed(calls) if module in names), "") or "the network"
+        what = [*str(error).strip().splitlines(), ""][0]
+        raise TransplantError(f"alignment cannot trace {where} ({type(error).__name__}: {what[:200]})") from error
     tracer = _Tracer(program)
     tracer.run()
     return Spec(tracer.groups(), program)
@@ -93,312 +104,355 @@ def derive(network: nn.Module, shape: Sequence[int]) -> Spec:
 
 @dataclass
 class _Weight:
-    """A parameter or buffer, and the slots of each of its axes (of its entries, where it is used as a value)."""
+    """A parameter or buffer, and the slots of its axes, or of its entries where it is used as a value."""
     name: str
     shape: tuple[int, ...]
     is_parameter: bool
     axes: dict[int, np.ndarray] = field(default_factory=dict)
     entries: np.ndarray | None = None
-    reads: set[int] = field(default_factory=set)
-    counts: bool = True
-    free: bool = False
+    reads: set[int] = field(default_factory=set)    # axes
+    free: list[bool] = field(default_factory=list)  # for every use: whether a norm undoes its units' scales
+    idle: list[bool] = field(default_factory=list)  # for every use: whether a norm undoes it, a bias
+
+
+_Place = tuple[_Weight, int, int]  # axis, index
 
 
 class _Tracer:
-    """Walks through the graph; a value is an int64 tensor of slots of the value's shape."""
+    """Walks through the graph. A value is an int64 tensor of slots, of the value's shape: an expanded view along the
+    axes on which it is the same, so that memory does not grow with the number of voxels. A constant is FIXED, and
+    differs along the axes on which it is no expanded view."""
 
-    def __init__(self, program: Any) -> None:
+    def __init__(self, program: ExportedProgram) -> None:
         self.program, signature = program, program.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        state = program.state_dict
-        self.weights = {node: _Weight(name, tuple(state[name].shape), node in signature.inputs_to_parameters)
-                        for node, name in names.items() if name in state}
-        self.constants = {node for node in names if names[node] not in state} | set(
-            signature.inputs_to_lifted_tensor_constants)
-        self.slots = 0
-        self.ties: list[np.ndarray] = []
-        self.pinned: list[np.ndarray] = []
-        self.reading: list[tuple[fx.Node, _Weight, int]] = []
-        self.attention: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.blocks: list[np.ndarray] = []          # (blocks, units) of group norms
+        self.weights = {node: _Weight(name, tuple(program.state_dict[name].shape), node in
+                                      signature.inputs_to_parameters)
+                        for node, name in names.items() if name in program.state_dict}
         self.values: dict[fx.Node, Any] = {}
+        self.slots = 0
+        self.ties: list[np.ndarray] = []                      # (2, n): slots
+        self.signs: list[tuple[np.ndarray, np.ndarray]] = []  # of one operation: slots, and a number for each
+        self.blocks: list[np.ndarray] = []                    # (blocks, n): slots
+        self.attention: list[tuple] = []                      # its module; of queries, keys and values (heads, n): slots
+        self.taps: list[tuple[Tap, np.ndarray]] = []
 
     def run(self) -> None:
         for node in self.program.graph.nodes:
-            if node.op == "placeholder":
-                if node.name not in self.weights:
-                    self.values[node] = torch.full(tuple(node.meta["val"].shape), FIXED)
-            elif node.op == "call_function":
-                self.values[node] = self.call(node)
+            if node.op == "call_function":
+                value = self.values[node] = self.call(node)
+                if isinstance(value, torch.Tensor):
+                    self.sign(np.unique(_thin(value)), 0)
             elif node.op == "output":
-                for value in _flat(node.args):
-                    self.pinned.append(self.value(value).numpy().ravel())
-            else:
-                raise TransplantError(f"the network cannot be traced: {node.op} {node.target}")
+                for value in map(self.value, node.all_input_nodes):  # each of its units has a meaning of its own
+                    slots = np.unique(_thin(value))
+                    self.sign(slots, np.arange(len(slots)))
+            elif node.op != "placeholder":
+                raise TransplantError(f"alignment cannot follow {node.op} {node.target} of the network")
+            elif node.name not in self.weights:
+                self.values[node] = _constant(node)
 
     def call(self, node: fx.Node) -> Any:
-        name = node.target.__name__ if callable(node.target) else str(node.target)
-        kind = name.split(".")[0].rstrip("_")
-        if node.target is operator.getitem:
+        kind = _kind(node)
+        if kind == "getitem":
             return self.values[node.args[0]][node.args[1]]
+        if kind in _STRUCTURAL:
+            return node.target(*fx.node.map_arg(node.args, self.value), **node.kwargs)
+        if isinstance(node.meta["val"], torch.Tensor) and all(
+                other in self.values and bool((_thin(self.values[other]) == FIXED).all())
+                for other in node.all_input_nodes):
+            return _constant(node)
         if kind in _RULES:
             return _RULES[kind](self, node)
-        if kind in _STRUCTURAL:
-            return node.target(*self.arguments(node.args), **node.kwargs)
         if kind in _ENTRY_BY_ENTRY:
             return self.entry_by_entry(node)
-        raise TransplantError(f"the network does something that alignment cannot follow: {node.target} in "
-                              f"{_where(node)}")
+        raise TransplantError(f"alignment cannot follow {node.target} in {_where(node)}")
 
-    def arguments(self, arguments: Any) -> Any:
-        return fx.node.map_arg(arguments, self.value)
-
-    def value(self, node: fx.Node) -> Any:
-        """The slots of a value; a weight used as one gets slots for its entries."""
-        if node.name not in self.weights:
+    def value(self, node: fx.Node) -> torch.Tensor:
+        """The slots of a value; a parameter used as one has slots for its entries."""
+        if node in self.values:
             return self.values[node]
         weight = self.weights[node.name]
         long = [axis for axis, size in enumerate(weight.shape) if size > 1]
-        if not weight.is_parameter:
-            return torch.full(weight.shape, FIXED)
+        if not long or not weight.is_parameter:
+            return _constant(node)
         if len(long) == 1:
             return torch.from_numpy(self.axis(weight, long[0])).reshape(weight.shape)
         if weight.entries is None:
             weight.entries = self.new(math.prod(weight.shape)).reshape(weight.shape)
         return torch.from_numpy(weight.entries)
 
-    def new(self, count: int) -> np.ndarray:
-        self.slots += count
-        return np.arange(self.slots - count, self.slots)
+    def weight(self, node: fx.Node, user: fx.Node) -> _Weight:
+        if node.name not in self.weights:
+            raise TransplantError(f"alignment cannot follow {_where(user)}: it computes weights")
+        return self.weights[node.name]
 
     def axis(self, weight: _Weight, axis: int) -> np.ndarray:
+        if weight.shape[axis] == 1:  # nothing to change places with: it may meet all units of another
+            return np.array([FIXED])
         if axis not in weight.axes:
             weight.axes[axis] = self.new(weight.shape[axis])
         return weight.axes[axis]
 
-    def tie(self, one: np.ndarray, other: np.ndarray) -> None:
-        both = (one != FIXED) & (other != FIXED) & (one != other)
-        self.ties.append(np.unique(np.stack([one[both], other[both]]), axis=1))
-        # a unit that meets something fixed entry by entry, such as a table of positions, cannot move
-        for here, there in ((one, other), (other, one)):
-            if here.size and np.ptp(there) > 0:
-                self.pinned.append(here[(there == FIXED) & (here != FIXED)])
+    def new(self, count: int) -> np.ndarray:
+        self.slots += count
+        return np.arange(self.slots - count, self.slots)
+
+    # -- what meets --------------------------------------------------------------------------------------------------
+
+    def sign(self, slots: np.ndarray, numbers: np.ndarray | int) -> None:
+        """Units are alike if every operation gives them the same numbers."""
+        units = slots != FIXED
+        self.signs.append((slots[units], np.broadcast_to(numbers, slots.shape)[units]))
+
+    def tie(self, one: np.ndarray | torch.Tensor, other: np.ndarray | torch.Tensor) -> None:
+        """Two values, of shapes that broadcast, meet entry by entry."""
+        one, other = np.asarray(one), np.asarray(other)
+        here, there = np.broadcast_arrays(one, other)
+        both = (here != FIXED) & (there != FIXED) & (here != there)
+        self.ties.append(np.stack([here[both], there[both]]))
+        for units, constant in ((one, other), (other, one)):
+            # Units that meet different entries of a constant are not alike. Where it differs along voxels or tokens
+            # only, an axis on which the units are the same, all of them meet all of it.
+            same = tuple(axis for axis in range(units.ndim) if units.shape[axis] == 1)
+            meets = (constant == FIXED).any(axis=same, keepdims=True)
+            self.sign(np.where(meets, units, FIXED), np.arange(meets.size).reshape(meets.shape))
+
+    def along(self, value: torch.Tensor, axis: int) -> np.ndarray:
+        """The slots along an axis; all those at one place on it are tied, for one entry of a weight meets them."""
+        rows = _thin(value).movedim(axis, -1)
+        rows = rows.expand(*rows.shape[:-1], value.shape[axis]).reshape(-1, value.shape[axis])
+        units = rows.amax(0)
+        self.tie(units[None], rows)
+        return units.numpy()
 
     def entry_by_entry(self, node: fx.Node) -> torch.Tensor:
-        operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
-        values = torch.broadcast_tensors(*(self.value(operand) for operand in operands))
-        first = values[0]
-        for operand, other in zip(operands[1:], values[1:], strict=True):
-            self.tie(first.numpy().ravel(), other.numpy().ravel())
-            first = torch.where(first == FIXED, other, first)
-        for operand, value in zip(operands, values, strict=True):
-            self.pin_to_table(operand, value, first)
-        return first.contiguous()
+        operands = [self.value(argument) for argument in node.args if isinstance(argument, fx.Node)]
+        values = sorted((_thin(value) for value in torch.broadcast_tensors(*operands)),
+                        key=lambda value: (bool((value == FIXED).any()), value.numel()))
+        result = values[0]  # tied slots stand for each other: the smallest value that is all units will do
+        for other in values[1:]:
+            self.tie(result, other)
+            if bool((result == FIXED).any()):
+                result = torch.where(result == FIXED, other, result)
+        return result.expand(node.meta["val"].shape)
 
-    def pin_to_table(self, operand: fx.Node, slots: torch.Tensor, result: torch.Tensor) -> None:
-        """Units beside a constant that differs from unit to unit stay where they are."""
-        table = operand
-        while isinstance(table, fx.Node) and table.op == "call_function" and table.args:
-            table = table.args[0]
-        buffer = isinstance(table, fx.Node) and table.op == "placeholder" and (
-            table.name in self.constants or (table.name in self.weights
-                                             and not self.weights[table.name].is_parameter))
-        if buffer and math.prod(operand.meta["val"].shape) > 1:
-            self.pinned.append(result.numpy().ravel())
-
-    # -- contractions ------------------------------------------------------------------------------------------------
-
-    def contract(self, node: fx.Node, output: int, channel: int, groups: int = 1) -> torch.Tensor:
-        """A weight of which axis `output` makes new units from those its other axis reads along axis `channel`."""
-        data, weight_node, *rest = node.args
-        if weight_node.name not in self.weights:
-            raise TransplantError(f"the network computes the weight of {_where(node)}: alignment cannot follow")
-        weight = self.weights[weight_node.name]
-        bias = self.weights[rest[0].name] if rest and rest[0] is not None else None
-        units = self.along(self.value(data), channel, node)
-        shape = [1] * len(node.meta["val"].shape)
-        size = node.meta["val"].shape[channel]
-        shape[channel] = size
-        if groups == 1:
-            self.tie(units, self.axis(weight, 1 - output))
-            weight.reads.add(1 - output)
-            self.reading.append((data, weight, 1 - output))
-        elif groups == len(units) == size:  # depthwise: every unit by itself
-            self.tie(units, self.axis(weight, 0))
-        else:
-            raise TransplantError(f"{weight.name} is a convolution in {groups} groups: alignment cannot follow")
-        made = self.axis(weight, output)
-        if bias is not None:
-            self.tie(made, self.axis(bias, 0))
-        if any(user.target in _NORMS and user.args[0] is node for user in node.users) and len(node.users) == 1:
-            weight.free = True
-            if bias is not None:
-                bias.counts = False
-        return torch.from_numpy(made).reshape(shape).expand(tuple(node.meta["val"].shape))
-
-    def along(self, slots: torch.Tensor, axis: int, node: fx.Node) -> np.ndarray:
-        """The slots along an axis, which must be the same everywhere else."""
-        moved = slots.movedim(axis, -1).reshape(-1, slots.shape[axis])
-        if not bool((moved == moved[0]).all()):
-            raise TransplantError(f"alignment cannot follow the units that {_where(node)} reads")
-        return moved[0].numpy().copy()
-
-    def scale(self, node: fx.Node, units: np.ndarray, *weights: fx.Node | None) -> None:
+    def scale(self, node: fx.Node, units: np.ndarray, weights: Sequence[fx.Node | None]) -> None:
         """Scale, shift and statistics of a norm."""
         for each in weights:
             if each is not None:
-                weight = self.weights[each.name]
-                self.tie(units, self.axis(weight, 0))
-                weight.counts = weight.is_parameter
+                self.tie(units, self.axis(self.weight(each, node), 0))
+
+    def contract(self, node: fx.Node, makes: int, channel: int, groups: int = 1) -> torch.Tensor:
+        """A weight whose axis `makes` makes the units on axis `channel` from those there that its other axis reads."""
+        data, weight, bias = node.args[0], self.weight(node.args[1], node), _argument(node, 2, "bias", None)
+        units = self.along(self.value(data), channel)
+        made, normed = self.axis(weight, makes), _meets_norm(node)
+        if groups == 1:
+            self.tie(units, self.axis(weight, 1 - makes))
+            weight.reads.add(1 - makes)
+            self.tap(data, channel, units)
+        elif groups == len(units) == len(made):  # depthwise: every unit by itself
+            self.tie(units, made)
+        else:
+            raise TransplantError(f"alignment cannot follow {_where(node)}: a convolution in {groups} groups")
+        weight.free.append(normed)
+        if bias is not None:
+            self.scale(node, made, [bias])
+            self.weights[bias.name].idle.append(normed)
+        return _spread(made, channel, node)
+
+    def tap(self, node: fx.Node, channel: int, units: np.ndarray) -> None:
+        """Note the values that are read: as they were made, before pooling or concatenation."""
+        kind = _kind(node)
+        if kind == "cat" and _argument(node, 1, "dim", 0) % node.meta["val"].dim() == channel:
+            for part in node.args[0]:
+                size = part.meta["val"].shape[channel]
+                self.tap(part, channel, units[:size])
+                units = units[size:]
+        elif kind in _CARRY:
+            self.tap(node.args[0], channel, units)
+        elif node.op == "call_function" and (units != FIXED).all():
+            self.taps.append((Tap(node.name, channel), units))
 
     # -- what was found ----------------------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, Group]:
         unit_of = self.units()
-        pinned = set(unit_of[np.concatenate([p[p != FIXED] for p in self.pinned])].tolist())
         places = self.places(unit_of)
-        found: dict[str, Group] = {}
-        taken: set[int] = set()
-        for queries, keys, values in self.attention:
-            group = self.heads(unit_of, places, queries, keys, values)
-            taken |= {int(unit) for slots in (queries, keys, values) for unit in unit_of[slots.ravel()]}
-            found[group.name] = group
-        alike: dict[tuple, list[int]] = defaultdict(list)
+        signs = self.signs_of_units(unit_of)
+        taps, heads, rigid = defaultdict(list), {}, set()
+        for tap, slots in self.taps:
+            taps[_units(unit_of, slots)].append(tap)
+        for where, queries, keys, values in self.attention:
+            heads[_units(unit_of, values)] = where, queries, keys
+            rigid |= {*_units(unit_of, queries), *_units(unit_of, keys)}
+        blocks = [[set(row) for row in unit_of[slots].tolist()] for slots in self.blocks]
+        alike = defaultdict(list)
         for unit, at in places.items():
-            if unit not in pinned and unit not in taken:
-                alike[tuple((weight.name, axis) for weight, axis, _ in at)].append(unit)
-        for units in alike.values():
-            group = _group([[places[unit][i] for unit in units] for i in range(len(places[units[0]]))])
-            if any(not s.reads for s in group.segments) and any(s.reads for s in group.segments):
-                found[group.name] = group
-        blocks = self.block_counts(unit_of)
-        taps = self.taps(unit_of)
-        result = {}
-        order = {weight.name: i for i, weight in enumerate(self.weights.values())}
-        for group in sorted(found.values(), key=lambda g: order[g.segments[0].tensor]):
-            first = int(unit_of[self.slot(group.segments[0])])
-            kept = Group(group.name, group.size, group.segments, tuple(taps.get(first, ())),
-                         blocks.get(first, group.blocks))
-            result[group.name] = kept
-        return result
+            alike[tuple((weight.name, axis) for weight, axis, _ in at), signs[unit]].append(unit)
+        found = {}
+        for units in map(tuple, alike.values()):
+            at = places[units[0]]
+            reads = {axis in weight.reads for weight, axis, _ in at}
+            if len(units) == 1 or len(reads) == 1 or not rigid.isdisjoint(units):
+                continue
+            segments = [_segment(weight, axis, [places[unit][i][2] for unit in units])
+                        for i, (weight, axis, _) in enumerate(at)]
+            first = next((s for s in segments if s.counts and not s.reads), segments[0])
+            segments.sort(key=lambda segment: segment is not first)
+            whole = self.program.state_dict[first.tensor].shape[first.axis] == len(units)
+            name = first.tensor.removesuffix(".weight") + ("" if whole else f"[{first.start}:{first.start + len(units)}]")
+            if units in heads:
+                where, *both = heads[units]
+                segments += dict.fromkeys(segment for slots in both for segment in _rigid_segments(
+                    unit_of[slots], places, signs, where))
+            found[name] = Group(name, len(units), tuple(segments), tuple(dict.fromkeys(taps[units])),
+                                _block_count(units, blocks, name))
+        return found
 
     def units(self) -> np.ndarray:
         """Slot -> its unit: what is tied together is one."""
-        ties = np.concatenate([*self.ties, np.zeros((2, 0), int)], axis=1)
-        graph = coo_array((np.ones(ties.shape[1]), (ties[0], ties[1])), shape=(self.slots, self.slots))
-        return connected_components(graph, directed=False)[1]
+        here, there = np.concatenate([*self.ties, np.zeros((2, 0), int)], axis=1)
+        graph = coo_array((np.ones(len(here)), (here, there)), shape=(self.slots,) * 2)
+        count, unit_of = connected_components(graph, directed=False)
+        return np.append(unit_of, count)  # the last is that of FIXED
 
-    def places(self, unit_of: np.ndarray) -> dict[int, list[tuple[_Weight, int, int]]]:
-        """Unit -> its places (tensor, axis, index), in the order of the weights."""
+    def places(self, unit_of: np.ndarray) -> dict[int, list[_Place]]:
+        """Unit -> its places, in the order of the weights."""
         places = defaultdict(list)
         for weight in self.weights.values():
             axes = {axis: unit_of[slots] for axis, slots in weight.axes.items()}
             if weight.entries is not None:
                 entries = unit_of[weight.entries]
                 for axis in range(entries.ndim):
-                    moved = np.moveaxis(entries, axis, -1).reshape(-1, entries.shape[axis])
-                    if len(moved) > 1 and (moved == moved[0]).all():
-                        axes[axis] = moved[0]
+                    rows = np.moveaxis(entries, axis, -1).reshape(-1, entries.shape[axis])
+                    if (rows == rows[0]).all():
+                        axes[axis] = rows[0]
+                if weight.axes or not axes:  # also the weight of a layer, or its units lie on no axis: they stay
+                    for slots in (weight.entries.ravel(), *weight.axes.values()):
+                        self.sign(slots, np.arange(slots.size))
             for axis, units in axes.items():
-                for index, unit in enumerate(units):
-                    places[int(unit)].append((weight, axis, index))
+                for index, unit in enumerate(units.tolist()):
+                    places[unit].append((weight, axis, index))
         return places
 
-    def heads(self, unit_of: np.ndarray, places: Mapping[int, list], queries: np.ndarray, keys: np.ndarray,
-              values: np.ndarray) -> Group:
-        """An attention's heads as blocks: their values may change places inside a head, queries and keys not."""
-        free = [places[int(unit)] for unit in unit_of[values.ravel()]]
-        group = _group([[at[i] for at in free] for i in range(len(free[0]))])
-        rigid = []
-        for slots in (queries, keys):
-            for weight, axis, _ in places[int(unit_of[slots[0, 0]])]:
-                indices = np.concatenate([[index for w, a, index in places[int(unit)] if (w, a) == (weight, axis)]
-                                          for unit in dict.fromkeys(unit_of[slots.ravel()].tolist())])
-                segment = _segment(weight, axis, np.sort(indices), rigid=True)
-                if segment not in rigid:
-                    rigid.append(segment)
-        return Group(group.name, group.size, group.segments + tuple(rigid), (), len(values))
-
-    def slot(self, segment: Segment) -> int:
-        weight = next(w for w in self.weights.values() if w.name == segment.tensor)
-        slots = weight.axes[segment.axis] if segment.axis in weight.axes else \
-            np.moveaxis(weight.entries, segment.axis, -1).reshape(-1, weight.shape[segment.axis])[0]
-        return int(slots[segment.start])
-
-    def block_counts(self, unit_of: np.ndarray) -> dict[int, int]:
-        """First unit of a group -> in how many blocks a group norm divides it."""
-        counts: dict[int, int] = {}
-        for slots in self.blocks:
-            units = unit_of[slots]
-            first = int(units[0, 0])
-            if counts.setdefault(first, len(units)) != len(units):
-                raise TransplantError("group norms with different numbers of groups share units: alignment cannot "
-                                      "follow")
-        return counts
-
-    def taps(self, unit_of: np.ndarray) -> dict[int, list[Tap]]:
-        """First unit of a group -> the values it is read from: as they were made, before pooling or concatenation."""
-        taps = defaultdict(list)
-        for node, _, _ in self.reading:
-            for source in _sources(node):
-                slots = self.value(source)
-                axes = [axis for axis in range(slots.ndim) if slots.shape[axis] > 1
-                        and bool((slots.narrow(axis, 0, 1) != slots.narrow(axis, 1, 1)).any())]
-                if len(axes) == 1:
-                    first = int(unit_of[slots.movedim(axes[0], 0).reshape(slots.shape[axes[0]], -1)[0, 0]])
-                    tap = Tap(source.name, axes[0])
-                    if tap not in taps[first]:
-                        taps[first].append(tap)
-        return taps
+    def signs_of_units(self, unit_of: np.ndarray) -> dict[int, tuple[int, ...]]:
+        """Unit -> what the operations say of it."""
+        ends = np.cumsum([numbers.max(initial=-1) + 1 for _, numbers in self.signs])  # of the numbers of each operation
+        pairs = [unit_of[slots] * ends[-1] + end - 1 - numbers
+                 for (slots, numbers), end in zip(self.signs, ends, strict=True)]
+        signs = defaultdict(tuple)
+        units, said = np.divmod(np.unique(np.concatenate(pairs)), ends[-1])
+        starts = np.flatnonzero(np.diff(units, prepend=-1))
+        for start, stop in zip(starts, [*starts[1:], len(units)], strict=True):
+            signs[int(units[start])] = tuple(said[start:stop].tolist())
+        return signs
 
 
-def _group(places: list[list[tuple[_Weight, int, int]]]) -> Group:
-    """The group of units of which places[i] lists the i-th place of every unit."""
-    segments = [_segment(at[0][0], at[0][1], np.array([index for _, _, index in at])) for at in places]
-    makers = [s for s in segments if not s.reads and s.counts]
-    first = (makers or segments)[0]
-    name = first.tensor.removesuffix(".weight")
-    same = [s for s in segments if (s.tensor, s.axis) == (first.tensor, first.axis)]
-    if first.start or len(same) > 1:
-        name += f"[{first.start}:{first.start + len(places[0])}]"
-    return Group(name, len(places[0]), tuple(sorted(segments, key=lambda s: s is not first)))
+def _units(unit_of: np.ndarray, slots: np.ndarray) -> tuple[int, ...]:
+    return tuple(unit_of[slots.ravel()].tolist())
 
 
-def _segment(weight: _Weight, axis: int, indices: np.ndarray, rigid: bool = False) -> Segment:
-    if not np.array_equal(indices, np.arange(indices[0], indices[0] + len(indices))):
-        raise TransplantError(f"the units of {weight.name} lie scattered: alignment cannot follow")
-    reads = axis in weight.reads
-    return Segment(weight.name, axis, int(indices[0]), reads, weight.counts, weight.free and not reads, rigid)
+def _segment(weight: _Weight, axis: int, indices: Sequence[int], rigid: bool = False) -> Segment:
+    start, reads = indices[0], axis in weight.reads
+    if list(indices) != list(range(start, start + len(indices))):
+        raise TransplantError(f"alignment cannot follow: the units of {weight.name} lie scattered")
+    return Segment(weight.name, axis, start, reads, weight.is_parameter and not (weight.idle and all(weight.idle)),
+                   bool(weight.free) and all(weight.free) and not reads, rigid)
 
 
-def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """The values that a value was only rearranged from."""
-    kind = node.target.__name__.split(".")[0] if node.op == "call_function" else ""
-    if kind == "cat":
-        for part in node.args[0]:
-            yield from _sources(part)
-    elif kind in _CARRY:
-        yield from _sources(node.args[0])
-    elif node.op == "call_function":
-        yield node
+def _rigid_segments(units: np.ndarray, places: Mapping[int, list[_Place]], signs: Mapping[int, tuple[int, ...]],
+                    where: str) -> Iterator[Segment]:
+    """Of queries or keys (heads, n), which move by whole heads: so every head must be treated like the first."""
+    heads = [[([(weight.name, axis, index - head * len(row)) for weight, axis, index in places[unit]], signs[unit])
+              for unit in row] for head, row in enumerate(units.tolist())]
+    if heads.count(heads[0]) < len(heads):
+        raise TransplantError(f"alignment cannot follow the attention of {where}: its heads differ")
+    lie = defaultdict(set)
+    weights = {}
+    for unit in units.ravel().tolist():
+        for weight, axis, index in places[unit]:
+            weights[weight.name] = weight
+            lie[weight.name, axis].add(index)
+    for (name, axis), indices in lie.items():
+        yield _segment(weights[name], axis, sorted(indices), rigid=True)
 
 
-def _flat(arguments: Any) -> Iterator[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(arguments, found.append)
-    return iter(found)
+def _block_count(units: tuple[int, ...], divisions: Sequence[Sequence[set[int]]], name: str) -> int:
+    """Into how many blocks group norms and attentions divide a group: 1 where all of it lies in one."""
+    counts = set()
+    for rows in divisions:
+        mine = list({frozenset(row): row for row in rows if not row.isdisjoint(units)}.values())
+        if mine and not mine[0].issuperset(units):
+            size = len(units) // len(mine)
+            if mine != [set(units[start:start + size]) for start in range(0, len(units), size)]:
+                counts.add(None)
+            counts.add(len(mine))
+    if len(counts) > 1:
+        raise TransplantError(f"alignment cannot follow: the units of {name} are divided into groups in several ways")
+    return counts.pop() if counts else 1
+
+
+def _thin(value: torch.Tensor) -> torch.Tensor:
+    """The value with size 1 along the axes on which it is an expanded view."""
+    for axis, stride in enumerate(value.stride()):
+        if stride == 0:
+            value = value.narrow(axis, 0, 1)
+    return value
+
+
+def _spread(units: np.ndarray, axis: int, node: fx.Node) -> torch.Tensor:
+    """The value of a node whose units lie along an axis."""
+    shape = node.meta["val"].shape
+    return torch.from_numpy(units).reshape([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+
+
+def _constant(node: fx.Node) -> torch.Tensor:
+    return torch.full(tuple(node.meta["val"].shape), FIXED)
+
+
+def _meets_norm(node: fx.Node) -> bool:
+    """Whether all that becomes of a value is that a norm takes away each unit's scale and shift."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if _kind(node) in ("instance_norm", "batch_norm"):
+            return True
+        if _kind(node) not in _DROPOUT:
+            break
+    return False
+
+
+def _kind(node: fx.Node) -> str:
+    """The name of a node's operation: "add" for aten.add_.Tensor."""
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0].rstrip("_")
 
 
 def _where(node: fx.Node) -> str:
     """The module of the network that a node belongs to."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return next(reversed(stack.values()))[0] or "the network" if stack else "the network"
+    stack = node.meta.get("nn_module_stack")
+    return stack and next(reversed(stack.values()))[0] or "the network"
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the operations do
 
-_Rule = Callable[[_Tracer, fx.Node], Any]
+_DROPOUT = {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
+_RESAMPLE = {f"{how}{dim}d" for dim in (1, 2, 3) for how in ("avg_pool", "max_pool", "adaptive_avg_pool", "upsample_nearest")
+             } | {"upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"}
+_CARRY = _DROPOUT | _RESAMPLE | {"alias", "clone", "contiguous", "detach"}
+_ENTRY_BY_ENTRY = _DROPOUT | {
+    "add", "sub", "rsub", "mul", "div", "pow", "sqrt", "rsqrt", "neg", "abs", "exp", "sigmoid", "tanh", "relu",
+    "leaky_relu", "elu", "gelu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish", "celu", "selu", "softplus",
+    "relu6", "clamp", "maximum", "minimum", "to", "clone", "contiguous", "alias", "detach"}
+_STRUCTURAL = {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "slice", "select", "unbind", "chunk",
+               "split", "split_with_sizes", "expand", "expand_as", "squeeze", "unsqueeze", "narrow", "movedim",
+               "repeat", "t", "_unsafe_view", "unfold"}
+_Rule = Callable[[_Tracer, fx.Node], torch.Tensor]
 _RULES: dict[str, _Rule] = {}
 
 
@@ -416,9 +470,7 @@ def _convolution(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
 
 @_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _transposed(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    if _argument(node, 6, "groups", 1) != 1:
-        raise TransplantError(f"{_where(node)} is a transposed convolution in groups: alignment cannot follow")
-    return tracer.contract(node, 1, 1)
+    return tracer.contract(node, 1, 1, _argument(node, 6, "groups", 1))
 
 
 @_rule("linear")
@@ -426,91 +478,84 @@ def _linear(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
     return tracer.contract(node, 0, node.meta["val"].dim() - 1)
 
 
-@_rule("instance_norm", "batch_norm")
+@_rule("instance_norm", "batch_norm", "prelu")
 def _channel_norm(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    data, *weights = node.args[:5]
-    value = tracer.value(data)
-    tracer.scale(node, tracer.along(value, 1, node), *weights)
-    return value
+    units = tracer.along(tracer.value(node.args[0]), 1)
+    tracer.scale(node, units, node.args[1:5])
+    return _spread(units, 1, node)
 
 
 @_rule("group_norm")
 def _group_norm(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    data, groups, *weights = node.args[:4]
-    value = tracer.value(data)
-    units = tracer.along(value, 1, node)
-    tracer.scale(node, units, *weights)
-    if 1 < groups < len(units):
+    groups, units = node.args[1], tracer.along(tracer.value(node.args[0]), 1)
+    tracer.scale(node, units, node.args[2:4])
+    if groups < len(units):  # else it is an instance norm
         tracer.blocks.append(units.reshape(groups, -1))
-    return value
+    return _spread(units, 1, node)
 
 
 @_rule("layer_norm")
 def _layer_norm(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    data, shape, *weights = node.args[:4]
-    if len(shape) != 1:
-        raise TransplantError(f"{_where(node)} normalises several axes at once: alignment cannot follow")
-    value = tracer.value(data)
-    tracer.scale(node, tracer.along(value, value.dim() - 1, node), *weights)
-    return value
+    if len(node.args[1]) != 1:
+        raise TransplantError(f"alignment cannot follow {_where(node)}: it normalises several axes at once")
+    axis = node.meta["val"].dim() - 1
+    units = tracer.along(tracer.value(node.args[0]), axis)
+    tracer.scale(node, units, node.args[2:4])
+    return _spread(units, axis, node)
+
+
+@_rule(*_RESAMPLE)
+def _resample(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
+    return _spread(tracer.along(tracer.value(node.args[0]), 1), 1, node)
 
 
 @_rule("mean", "sum", "amax")
 def _reduction(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    """Over voxels a unit stays itself; over units nothing is left of them."""
+    """Over voxels a unit stays itself; over all units nothing is left of them."""
     value = tracer.value(node.args[0])
-    axes = node.args[1] if len(node.args) > 1 and node.args[1] is not None else list(range(value.dim()))
-    low, high = value.amin(axes, keepdim=True), value.amax(axes, keepdim=True)
-    return torch.where(low == high, low, FIXED).reshape(tuple(node.meta["val"].shape))
+    axes = [axis % value.dim() for axis in _argument(node, 1, "dim", None) or range(value.dim())]
+    thin = _thin(value)
+    result = thin.amax(axes, keepdim=True)
+    if not bool((thin == result).all()):
+        others = [axis for axis in range(value.dim()) if axis not in axes]
+        if others and not bool((thin == thin.amax(others, keepdim=True)).all()):
+            raise TransplantError(f"alignment cannot follow {_where(node)}: it sums up some of the units")
+        result = torch.full_like(result, FIXED)
+    return result.expand([1 if axis in axes else size for axis, size in enumerate(value.shape)]).reshape(
+        node.meta["val"].shape)
 
 
-@_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool2d",
-       "adaptive_avg_pool3d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_trilinear3d",
-       "upsample_linear1d", "upsample_nearest1d")
-def _resample(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    value, shape = tracer.value(node.args[0]), tuple(node.meta["val"].shape)
-    units = tracer.along(value, 1, node)
-    return torch.from_numpy(units).reshape(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+@_rule("cat", "stack")
+def _joined(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
+    shape, axis = node.meta["val"].shape, _argument(node, 1, "dim", 0) % node.meta["val"].dim()
+    parts = [tracer.value(part).unsqueeze(axis) if _kind(node) == "stack" else tracer.value(part)
+             for part in node.args[0]]
+    for other in range(len(shape)):
+        if other != axis and all(part.stride(other) == 0 for part in parts):
+            parts = [part.narrow(other, 0, 1) for part in parts]
+    whole = torch.cat(parts, axis)
+    first = whole.narrow(axis, 0, 1)
+    if bool(((whole == first) & (first != FIXED)).all()):  # tokens put together again: the same units everywhere
+        whole = first
+    return whole.expand(shape)
 
 
 @_rule("scaled_dot_product_attention")
 def _attention(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    queries, keys, values = (tracer.value(each) for each in node.args[:3])
-    heads = []
-    for slots in (queries, keys, values):  # (batch, heads, tokens, units)
-        moved = slots.transpose(1, 2).flatten(0, 1)
-        if not bool((moved == moved[0]).all()):
-            raise TransplantError(f"alignment cannot follow the attention of {_where(node)}")
-        heads.append(moved[0].numpy().copy())
-    tracer.attention.append(tuple(heads))
-    return values[:, :, :1].expand(tuple(node.meta["val"].shape))
-
-
-@_rule("dropout", "alpha_dropout", "feature_dropout")
-def _dropout(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    return tracer.value(node.args[0])
+    """(batch, heads, tokens, n)"""
+    shapes = {(each.meta["val"].shape[1], each.meta["val"].shape[3]) for each in node.args[:3]}
+    if len(shapes) > 1 or _argument(node, 3, "attn_mask", None) is not None:
+        raise TransplantError(f"alignment cannot follow the attention of {_where(node)}: heads of several sizes, or a mask")
+    (heads, size), = shapes
+    slots = [tracer.along(tracer.value(each).transpose(1, 2).flatten(2), 2).reshape(heads, size) for each in node.args[:3]]
+    tracer.attention.append((_where(node), *slots))
+    tracer.blocks.append(slots[2])
+    return torch.from_numpy(slots[2])[None, :, None].expand(node.meta["val"].shape)
 
 
 @_rule("type_as")
 def _type_as(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
     return tracer.value(node.args[0])
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-_STRUCTURAL = {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "cat", "stack", "slice", "select",
-               "unbind", "chunk", "split", "split_with_sizes", "expand", "expand_as", "squeeze", "unsqueeze", "clone",
-               "contiguous", "alias", "detach", "narrow", "movedim", "repeat", "t", "_unsafe_view", "index_select",
-               "unfold"}
-_ENTRY_BY_ENTRY = {"add", "sub", "rsub", "mul", "div", "pow", "sqrt", "rsqrt", "neg", "abs", "exp", "sigmoid", "tanh",
-                   "relu", "leaky_relu", "elu", "gelu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish", "celu",
-                   "selu", "softplus", "relu6", "clamp", "to", "_to_copy", "maximum", "minimum"}
-_CARRY = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "dropout", "alias",
-          "clone", "contiguous", "detach", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
-          "upsample_trilinear3d"}
-_NORMS = {torch.ops.aten.instance_norm.default, torch.ops.aten.batch_norm.default}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

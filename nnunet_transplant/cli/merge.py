@@ -5,11 +5,21 @@ from pathlib import Path
 from nnunet_transplant.cli.common import command_parser, run_command
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import METHODS, MergedModel, Recipe, Volumes, merge_groups, write_merge
+from nnunet_transplant.merging import (
+    METHODS,
+    MergedModel,
+    Recipe,
+    Volumes,
+    merge_groups,
+    merge_shared,
+    write_merge,
+    write_shared,
+)
+from nnunet_transplant.merging.align import network_spec
 from nnunet_transplant.merging.merge import check_merge_output
 from nnunet_transplant.merging.registry import find
 from nnunet_transplant.merging.repeat import Earlier, read_merge
-from nnunet_transplant.model_folder import CHECKPOINT, open_models, open_theta_0
+from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, open_theta_0
 
 
 def main() -> None:
@@ -18,13 +28,18 @@ def main() -> None:
         "nnunet_transplant_merge -m TASK_901 TASK_902 -f 0 -o MERGED -method ties -density 0.2\n"
         "  nnunet_transplant_merge -m MODEL -f 0 1 2 3 4 -o ONE_MODEL_OF_FIVE_FOLDS\n"
         "  nnunet_transplant_merge -from MERGED -drop Anterior -m TASK_903 -o MERGED_ANEW")
-    parser.add_argument("-o", type=Path, required=True, metavar="OUTPUT", help="model folder to write")
+    parser.add_argument("-o", type=Path, metavar="OUTPUT", help="model folder to write")
     add_merge_arguments(parser)
     parser.add_argument("--per_fold", action="store_true",
                         help="merge fold k of every model with fold k of the others instead of everything into one")
     parser.add_argument("-out_fold", type=int, metavar="N",
                         help="write fold_N instead of fold_all, for tools that take only numbers")
+    parser.add_argument("-share", nargs="+", metavar="PATTERN", help="with methods that align: merge only tensors with "
+                        "such a name (as 'encoder.*'), and write a model for each input, with the rest its own, side "
+                        "by side in OUTPUT")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing merged model")
+    parser.add_argument("--show_spec", action="store_true", help="only print which units of the first model's network "
+                        "may change places: the segments of tensors that share one permutation")
     run_command(parser, run)
 
 
@@ -84,8 +99,8 @@ def recipe_from(args: Namespace, start: Recipe) -> Recipe:
         volumes=start.volumes if find(args.method).needs_data or start.polish else None, polish=start.polish,
         polish_lr=start.polish_lr)
     recipe = replace(recipe, parameters={**recipe.parameters, **given})
-    for name in ("weights", "keep_base_for", "stage_weights", "polish", "polish_lr"):
-        if getattr(args, name) is not None:
+    for name in ("weights", "keep_base_for", "stage_weights", "polish", "polish_lr", "share"):
+        if getattr(args, name, None) is not None:
             recipe = replace(recipe, **{name: getattr(args, name)})
     if args.d is not None:
         recipe = replace(recipe, volumes=Volumes(args.d, args.n_cases, args.cases, args.data_device))
@@ -103,6 +118,15 @@ def merge_from(args: Namespace, per_fold: bool = False) -> dict[str, MergedModel
                               f"{len(kept.inputs)} kept and {len(args.m)} new")
     base = args.base or earlier.base
     theta_0 = None if base is None else open_theta_0(base, args.chk, args.trust_checkpoints)
+    groups = _open(args, kept, theta_0)
+    if recipe.share:
+        if not hasattr(args, "share"):
+            raise TransplantError("models that share only a part are several: nnunet_transplant_merge writes them")
+        return merge_shared(groups, recipe, theta_0, base, progress=True)
+    return merge_groups(groups, recipe, theta_0, base, per_fold or earlier.per_fold, progress=True)
+
+
+def _open(args: Namespace, kept: Earlier, theta_0: dict | None) -> list[list[TrainedModel]]:
     groups = []
     for each in kept.inputs:
         each.check()
@@ -111,14 +135,25 @@ def merge_from(args: Namespace, per_fold: bool = False) -> dict[str, MergedModel
     groups += [open_models(path, args.f, args.chk, args.trust_checkpoints, theta_0) for path in args.m]
     if not groups:
         raise TransplantError("no model is left to merge" if args.drop else "give the models to merge with -m")
-    return merge_groups(groups, recipe, theta_0, base, per_fold or earlier.per_fold, progress=True)
+    return groups
 
 
 def run(args: Namespace) -> None:
+    if args.show_spec:
+        use_our_trainers()
+        model = _open(args, Earlier([], Recipe(), None, False), None)[0][0]
+        print(network_spec(model, model.trainer).text())
+        return
+    if args.o is None:
+        raise TransplantError("give the model folder to write with -o")
     if args.per_fold and args.out_fold is not None:
         raise TransplantError("-out_fold names the one fold that is written; with --per_fold there are several")
     check_merge_output(args.o, args.overwrite, [*args.m, *([] if args.earlier is None else [args.earlier])])
     merged = merge_from(args, args.per_fold)
+    if next(iter(merged.values())).provenance["share"]:
+        write_shared(merged, args.o, args.overwrite)
+        print(f"wrote {', '.join(str(args.o / name) for name in merged)}")
+        return
     if args.out_fold is not None:
         merged = {str(args.out_fold): merged["all"]}
     write_merge(merged, args.o, args.overwrite)

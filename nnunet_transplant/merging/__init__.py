@@ -5,8 +5,17 @@ from nnunet_transplant.merging import fisher, regmean, coefficients  # noqa: F40
 from nnunet_transplant.merging import align  # noqa: F401 - the last: it can be followed by any other
 # isort: on
 from nnunet_transplant.merging.calibration import Volumes
-from nnunet_transplant.merging.merge import MergedModel, Recipe, merge_folders, merge_groups, merge_models, write_merge
+from nnunet_transplant.merging.merge import (
+    MergedModel,
+    Recipe,
+    merge_folders,
+    merge_groups,
+    merge_models,
+    merge_shared,
+    write_merge,
+    write_shared,
+)
 from nnunet_transplant.merging.registry import METHODS, Method, Parameter, markdown_table
 
 __all__ = ["METHODS", "MergedModel", "Method", "Parameter", "Recipe", "Volumes", "markdown_table", "merge_folders",
-           "merge_groups", "merge_models", "write_merge"]
+           "merge_groups", "merge_models", "merge_shared", "write_merge", "write_shared"]

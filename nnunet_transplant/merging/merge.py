@@ -28,7 +28,7 @@ from nnunet_transplant.merging.calibration import Calibration, Volumes, open_cal
 from nnunet_transplant.merging.ensemble import agreement, ensemble_targets, polish, reference_targets
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import Method, find
-from nnunet_transplant.merging.stages import scales
+from nnunet_transplant.merging.stages import matching, scales
 from nnunet_transplant.merging.statistics import has_running_statistics, recomputed
 from nnunet_transplant.merging.vectors import Tensors, in_parallel
 from nnunet_transplant.model_folder import (
@@ -67,6 +67,7 @@ class Recipe:
     parameters: of the method, by name. keep_base_for, stage_weights: see `stages.scales`.
     volumes: what methods with needs_data look at.
     polish: so many steps of AdamW at polish_lr towards what the ensemble of the models says of the volumes.
+    share: shell patterns of the tensors that models share in the end, for `merge_shared`; the others are their own.
     """
     method: str = "average"
     weights: Sequence[float] | None = None
@@ -76,6 +77,7 @@ class Recipe:
     volumes: Volumes | None = None
     polish: int = 0
     polish_lr: float = 1e-3
+    share: Sequence[str] = ()
 
 
 def merge_folders(model_paths: Sequence[Path], folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
@@ -116,14 +118,35 @@ def merge_models(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = Reci
     Raises TransplantError for models that cannot merge, a missing or other base, wrong weights or parameters, NaN or
     Inf in an input.
     """
+    if recipe.share:
+        raise TransplantError("-share makes a model of each input, not one of all")
     work = _Work(groups, recipe, theta_0, progress)
     merged = work.merge()
-    first, layout = work.models[0], work.models[0].layout
-    return MergedModel(
-        weights={name: merged[layout.canonical[name]] for name in layout.shapes},
-        plans=first.plans, dataset_json=work.dataset_json, configuration=first.configuration, trainer=work.trainer,
-        mirroring_axes=_common_axes(work.models), fingerprint=_fingerprint(first),
-        provenance=work.provenance(base), notes=work.notes())
+    return work.model(work.models[0], merged, work.dataset_json, _common_axes(work.models), base)
+
+
+def merge_shared(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe,
+                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | None = None,
+                 progress: bool = False) -> dict[str, MergedModel]:
+    """Models that share the tensors of `recipe.share`, merged, and keep the others, with their own heads and labels:
+    such as one encoder for several tasks, each with its own decoder. What a model keeps reads the units of what they
+    share as these are merged (ZipIt!'s partial zip). By names made of datasets and folds.
+
+    Raises TransplantError as `merge_models` does, for a method that does not align, and a pattern that matches nothing.
+    """
+    work = _Work(groups, recipe, theta_0, progress)
+    if work.method.align is None or recipe.polish or work.settings.get("search", "no") != "no":
+        raise TransplantError("-share works with methods that align, and without -polish and -search")
+    tensors = work.aligned()
+    merged = work.merged(tensors)
+    models = {}
+    for model, own in zip(work.models, tensors, strict=True):
+        whole = own | {name: merged[name] for name in work.shared}
+        name = model.folder.parent.name if model.folder.parent.name.startswith("Dataset") else model.folder.name
+        name = f"{name}_fold_{model.fold}"
+        models[name if name not in models else f"{name}_{len(models)}"] = work.model(
+            model, whole, merged_dataset_json(model, join([model], [1.0])), model.mirroring_axes, base)
+    return models
 
 
 class _Work:
@@ -148,6 +171,7 @@ class _Work:
         if self.joined.rows is not None:
             for model in models:
                 check_head_rows(model)
+        self.shared = frozenset().union(*(matching(models[0].layout, pattern, "-share") for pattern in recipe.share))
         self.held_back = scales(models[0].layout, recipe.keep_base_for, recipe.stage_weights)
         self.theta_0 = _base(self.method, self.then, bool(self.held_back), models, theta_0)
         self.tensors = [model.tensors() for model in models]
@@ -190,7 +214,7 @@ class _Work:
                                 for i, tensors in enumerate(self.tensors)]
                 self.calibration = replace(self.calibration, tensors=self.tensors)
             self.unaligned = Unaligned(self.models, self.tensors, self.trainer, self.joined.rows is None,
-                                       progress=self.progress)
+                                       self.shared or None, self.progress)
         found = self.method.align(self.unaligned, self.calibration, **self.method.own(self.settings) | changes)
         self.found = found.found
         return found.tensors
@@ -218,12 +242,16 @@ class _Work:
         self.found = found | {"searched": {f"{alpha:g}": round(score, 6) for alpha, score in scores.items()}}
         return best
 
-    def provenance(self, base: Path | None) -> dict[str, Any]:
-        return _provenance(self.recipe, self.settings, self.weights, self.group_of, self.models, base, self.theta_0,
-                           self.calibration, self.found)
-
-    def notes(self) -> list[str]:
-        return [] if self.method.align is not None else _notes(self.models, self.tensors)
+    def model(self, like: TrainedModel, tensors: dict[str, torch.Tensor], dataset_json: dict[str, Any],
+              mirroring_axes: tuple[int, ...] | None, base: Path | None) -> MergedModel:
+        """The merged model with everything else as one of the models has it."""
+        provenance = _provenance(self.recipe, self.settings, self.weights, self.group_of, self.models, base,
+                                 self.theta_0, self.calibration, self.found)
+        return MergedModel(
+            weights={name: tensors[like.layout.canonical[name]] for name in like.layout.shapes},
+            plans=like.plans, dataset_json=dataset_json, configuration=like.configuration, trainer=self.trainer,
+            mirroring_axes=mirroring_axes, fingerprint=_fingerprint(like), provenance=provenance,
+            notes=[] if self.method.align is not None else _notes(self.models, self.tensors))
 
 
 def _fingerprint(model: TrainedModel) -> Path | None:
@@ -329,7 +357,7 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
         "keep_base_for": list(recipe.keep_base_for),
         "stage_weights": None if recipe.stage_weights is None else list(recipe.stage_weights),
         "volumes": None if calibration is None else calibration.provenance(), "found": dict(found),
-        "polish": recipe.polish, "polish_lr": recipe.polish_lr,
+        "polish": recipe.polish, "polish_lr": recipe.polish_lr, "share": list(recipe.share),
         "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
         "inputs": [{"path": str(model.path.resolve()), "sha256": sha256, "fold": model.fold, "group": group,
                     "weight": weight, "structures": list(structures(model))}
@@ -368,6 +396,16 @@ def write_merge(merged: dict[str, MergedModel], output: Path, overwrite: bool = 
                     folder / "merge.json")
         for fold, model in merged.items():
             _write_fold(model, fold, folder / f"fold_{fold}")
+
+
+def write_shared(models: Mapping[str, MergedModel], output: Path, overwrite: bool = False) -> None:
+    """Write models that share a part as model folders side by side in one folder: all of them or none."""
+    check_merge_output(output, overwrite)
+    with checkpoints.atomic_path(output, replace=overwrite) as folder:
+        folder.mkdir()
+        for name, model in models.items():
+            write_merge({"all": model}, folder / name)
+        _write_json({"models": list(models)}, folder / "merge.json")
 
 
 def check_merge_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:

@@ -33,12 +33,18 @@ def scales(layout: Layout, keep_base_for: Sequence[str] = (),
         weight_of = dict(zip(order, stage_weights, strict=True))
         factors = {name: weight_of[number] for name, number in stage.items()}
     for pattern in keep_base_for:
-        kept = {layout.canonical[name] for name in layout.shapes if fnmatchcase(name, pattern)} & set(layout.body)
-        if not kept:
-            raise TransplantError(f"-keep_base_for {pattern} matches no tensor outside the heads; names look like "
-                                  f"{layout.body[0]}")
-        factors |= dict.fromkeys(kept, 0.0)
+        factors |= dict.fromkeys(matching(layout, pattern, "-keep_base_for"), 0.0)
     return factors
+
+
+def matching(layout: Layout, pattern: str, option: str) -> set[str]:
+    """The tensors outside the heads, by canonical name, of which a shell pattern matches one of the names. Raises
+    TransplantError where there is none."""
+    found = {layout.canonical[name] for name in layout.shapes if fnmatchcase(name, pattern)} & set(layout.body)
+    if not found:
+        raise TransplantError(f"{option} {pattern} matches no tensor outside the heads; names look like "
+                              f"{layout.body[0]}")
+    return found
 
 
 def stage_of(name: str) -> tuple[str, int] | None:

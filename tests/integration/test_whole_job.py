@@ -79,7 +79,7 @@ def test_the_whole_job(nnunet: Path, kind: str) -> None:
     run("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"fly_{kind}", "-m", *experts, "-f", 0,
         "-method", "ties", "-device", "cpu", "-npp", pools, "-nps", pools)
     predict_without_this_package("-i", few, "-o", nnunet / f"stock_{kind}", "-m", merged, "-f", "all", "-device", "cpu",
-                                 "-npp", pools, "-nps", pools)
+                                 "-npp", 1, "-nps", 1)
     ours, fly, stock = (voxels(nnunet / f"{name}_{kind}") for name in ("ours", "fly", "stock"))
     assert len(stock) == 2
     for name, expected in stock.items():
