@@ -134,7 +134,7 @@ class _Tracer:
         self.ties: list[np.ndarray] = []                      # (2, n): slots
         self.signs: list[tuple[np.ndarray, np.ndarray]] = []  # of one operation: slots, and a number for each
         self.blocks: list[np.ndarray] = []                    # (blocks, n): slots
-        self.attention: list[tuple] = []                      # its module; of queries, keys and values (heads, n): slots
+        self.attention: list[tuple] = []                      # queries, keys, values (heads, n): slots; the node
         self.taps: list[tuple[Tap, np.ndarray]] = []
 
     def run(self) -> None:
@@ -284,8 +284,8 @@ class _Tracer:
         taps, heads, rigid = defaultdict(list), {}, set()
         for tap, slots in self.taps:
             taps[_units(unit_of, slots)].append(tap)
-        for where, queries, keys, values in self.attention:
-            heads[_units(unit_of, values)] = where, queries, keys
+        for queries, keys, values, node in self.attention:
+            heads[_units(unit_of, values)] = queries, keys, node
             rigid |= {*_units(unit_of, queries), *_units(unit_of, keys)}
         blocks = [[set(row) for row in unit_of[slots].tolist()] for slots in self.blocks]
         alike = defaultdict(list)
@@ -302,11 +302,12 @@ class _Tracer:
             first = next((s for s in segments if s.counts and not s.reads), segments[0])
             segments.sort(key=lambda segment: segment is not first)
             whole = self.program.state_dict[first.tensor].shape[first.axis] == len(units)
-            name = first.tensor.removesuffix(".weight") + ("" if whole else f"[{first.start}:{first.start + len(units)}]")
+            name = first.tensor.removesuffix(".weight")
+            name += "" if whole else f"[{first.start}:{first.start + len(units)}]"
             if units in heads:
-                where, *both = heads[units]
-                segments += dict.fromkeys(segment for slots in both for segment in _rigid_segments(
-                    unit_of[slots], places, signs, where))
+                *both, node = heads[units]
+                segments += dict.fromkeys(segment for slots in both
+                                          for segment in _rigid(unit_of[slots], places, signs, node))
             found[name] = Group(name, len(units), tuple(segments), tuple(dict.fromkeys(taps[units])),
                                 _block_count(units, blocks, name))
         return found
@@ -362,13 +363,13 @@ def _segment(weight: _Weight, axis: int, indices: Sequence[int], rigid: bool = F
                    bool(weight.free) and all(weight.free) and not reads, rigid)
 
 
-def _rigid_segments(units: np.ndarray, places: Mapping[int, list[_Place]], signs: Mapping[int, tuple[int, ...]],
-                    where: str) -> Iterator[Segment]:
+def _rigid(units: np.ndarray, places: Mapping[int, list[_Place]], signs: Mapping[int, tuple[int, ...]],
+           node: fx.Node) -> Iterator[Segment]:
     """Of queries or keys (heads, n), which move by whole heads: so every head must be treated like the first."""
     heads = [[([(weight.name, axis, index - head * len(row)) for weight, axis, index in places[unit]], signs[unit])
               for unit in row] for head, row in enumerate(units.tolist())]
     if heads.count(heads[0]) < len(heads):
-        raise TransplantError(f"alignment cannot follow the attention of {where}: its heads differ")
+        raise TransplantError(f"alignment cannot follow {_where(node)}: its heads differ")
     lie = defaultdict(set)
     weights = {}
     for unit in units.ravel().tolist():
@@ -431,7 +432,7 @@ def _kind(node: fx.Node) -> str:
 def _where(node: fx.Node) -> str:
     """The module of the network that a node belongs to."""
     stack = node.meta.get("nn_module_stack")
-    return stack and next(reversed(stack.values()))[0] or "the network"
+    return (next(reversed(stack.values()))[0] if stack else "") or "the network"
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
@@ -442,7 +443,8 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 # What the operations do
 
 _DROPOUT = {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
-_RESAMPLE = {f"{how}{dim}d" for dim in (1, 2, 3) for how in ("avg_pool", "max_pool", "adaptive_avg_pool", "upsample_nearest")
+_RESAMPLE = {f"{how}{dim}d" for dim in (1, 2, 3)
+             for how in ("avg_pool", "max_pool", "adaptive_avg_pool", "upsample_nearest")
              } | {"upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"}
 _CARRY = _DROPOUT | _RESAMPLE | {"alias", "clone", "contiguous", "detach"}
 _ENTRY_BY_ENTRY = _DROPOUT | {
@@ -542,15 +544,15 @@ def _joined(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
 
 @_rule("scaled_dot_product_attention")
 def _attention(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    """(batch, heads, tokens, n)"""
-    shapes = {(each.meta["val"].shape[1], each.meta["val"].shape[3]) for each in node.args[:3]}
-    if len(shapes) > 1 or _argument(node, 3, "attn_mask", None) is not None:
-        raise TransplantError(f"alignment cannot follow the attention of {_where(node)}: heads of several sizes, or a mask")
-    (heads, size), = shapes
-    slots = [tracer.along(tracer.value(each).transpose(1, 2).flatten(2), 2).reshape(heads, size) for each in node.args[:3]]
-    tracer.attention.append((_where(node), *slots))
-    tracer.blocks.append(slots[2])
-    return torch.from_numpy(slots[2])[None, :, None].expand(node.meta["val"].shape)
+    """Of queries, keys and values (batch, heads, tokens, n)."""
+    (heads, size), *more = {(value.meta["val"].shape[1], value.meta["val"].shape[3]) for value in node.args[:3]}
+    if more or _argument(node, 3, "attn_mask", None) is not None:
+        raise TransplantError(f"alignment cannot follow {_where(node)}: an attention of unequal heads, or with a mask")
+    queries, keys, values = (tracer.along(tracer.value(value).transpose(1, 2).flatten(2), 2).reshape(heads, size)
+                             for value in node.args[:3])
+    tracer.attention.append((queries, keys, values, node))
+    tracer.blocks.append(values)
+    return torch.from_numpy(values)[None, :, None].expand(node.meta["val"].shape)
 
 
 @_rule("type_as")

@@ -100,7 +100,10 @@ class Method:
 
     def then(self, given: Mapping[str, Any]) -> "Method":
         """The method that merges: this one, or where it aligns, the one that its parameter `then` names."""
-        return self if self.align is None else find(str(given.get("then", "average")))
+        if self.align is None:
+            return self
+        choosable = "then" in {parameter.name for parameter in self.parameters}
+        return find(str(given.get("then", "average")) if choosable else "average")
 
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters, also those of the method that comes then, checked, the defaults filled in. Raises
