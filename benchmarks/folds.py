@@ -11,6 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import pandas as pd
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from steps import PLANS, Steps, write_small_plans, write_splits
 
@@ -18,7 +19,21 @@ DATASET = "Dataset004_Hippocampus"
 WHOLE, HALF = (f"nnUNetTrainer_{epochs}epochs_125iterations_NoMirroring" for epochs in (4, 2))
 ALL = 5  # the split with all 160 training cases; its validation cases are the test
 TASKS = {921: "Anterior", 922: "Posterior"}
-WIDTHS = {32: f"{PLANS}32", 64: f"{PLANS}64"}
+WIDTHS = {8: f"{PLANS}8", 32: f"{PLANS}32"}
+LOOK = f"-d 4 -cases train:{ALL} -n_cases 6"  # volumes of training cases; their labels are not used
+ALIGNED = f"-method activation_align {LOOK}"
+METHODS = {
+    "average": "", "rebasin": "-method rebasin", "weight_zip": "-method weight_zip", "activation_align": ALIGNED,
+    "activation_align to the mean": f"{ALIGNED} -to mean",
+    "mudsc_align, alpha 0.3": f"-method mudsc_align -alpha 0.3 {LOOK}",
+    "mudsc_align, alpha 0.5": f"-method mudsc_align -alpha 0.5 {LOOK}", "zipit": f"-method zipit {LOOK}",
+    "zipit, decay 1": f"-method zipit -decay 1 {LOOK}",
+    "mudsc_zip, alpha 0.5": f"-method mudsc_zip -alpha 0.5 {LOOK}",
+    "activation_align, head fitted": f"{ALIGNED} --fit_head",
+    "activation_align, regmean": f"{ALIGNED} -then regmean -off_diagonal 0.5",
+    "activation_align, refit": f"{ALIGNED} -then refit -positions 512",
+    "activation_align, refit, head fitted": f"{ALIGNED} -then refit -positions 512 --fit_head"}
+POLISHED = 300
 
 
 def main() -> None:
@@ -30,6 +45,11 @@ def main() -> None:
     run = Steps(args.work)
     prepare(run, args.data)
     train(run, args.device)
+    for name, dataset, trainer, plans, folds in (
+            ("folds", DATASET, WHOLE, PLANS, (0, 1, 2)), ("based", DATASET, HALF, PLANS, (0, 1, 2)),
+            *((f"width {width}", DATASET, HALF, plans, (0, 1)) for width, plans in WIDTHS.items())):
+        model = run.model(dataset, trainer, plans)
+        merge_and_score(run, name, [model / f"fold_{number}" for number in folds], args.device)
 
 
 def prepare(run: Steps, data: Path) -> None:
@@ -71,6 +91,41 @@ def train(run: Steps, device: str) -> None:
     for plans in WIDTHS.values():
         for number in (0, 1):
             fold(DATASET, number, HALF, plans)
+
+
+def merge_and_score(run: Steps, name: str, folds: list[Path], device: str) -> None:
+    """Merge folds by every method, and score all on the test cases beside them, their ensemble and, where there is one,
+    a model of all cases."""
+    work = run.work / name.replace(" ", "_")
+    ensemble = work / "ensemble"
+    if not ensemble.exists():
+        ensemble.mkdir(parents=True)
+        for file in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
+            shutil.copy(folds[0].parent / file, ensemble)
+        for fold in folds:
+            shutil.copytree(fold, ensemble / fold.name)
+    checkpoints = " ".join(str(fold / "checkpoint_final.pth") for fold in folds)
+    only_first = f"-weights 1 {' '.join('0' * (len(folds) - 1))} {LOOK}"
+    more = {"first fold, head fitted": f"{only_first} --fit_head"}
+    if name == "folds":
+        more |= {"first fold, polished": f"{only_first} -polish {POLISHED}",
+                 "activation_align, polished": f"{ALIGNED} -polish {POLISHED}"}
+    models = {f"fold {fold.name[5:]}": fold / "checkpoint_final.pth" for fold in folds} | {"ensemble": ensemble}
+    every = folds[0].parent / f"fold_{ALL}" / "checkpoint_final.pth"
+    if every.exists():
+        models["all cases"] = every
+    for method, options in (METHODS | more).items():
+        models[method] = work / method.replace(", ", "_").replace(" ", "_")
+        run(models[method], f"nnunet_transplant_merge -m {checkpoints} -o {models[method]} {options}")
+    tables = []
+    for method, model in models.items():  # one by one: an interrupted run goes on
+        output = work / "scores" / method.replace(", ", "_").replace(" ", "_")
+        run(output, f"nnunet_transplant_evaluate -m {model} -d 4 -f {ALL} -o {output} -device {device}")
+        tables.append(pd.read_csv(output / "evaluation.csv").assign(model=method))
+    table = pd.concat(tables).pivot_table(index="model", columns="structure", values="dice", sort=False)
+    table = table.assign(mean=table.mean(axis=1))
+    table["of the ensemble"] = table["mean"] / table.loc["ensemble", "mean"]
+    print(f"{name}\n{table.round(3).to_string()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def activation_similarity(spec: Spec, program: Any, networks: Sequence[Mapping[s
         for image in images:
             for node, values in run(networks, image):
                 for group, axis in taps.get(node.name, ()):
-                    moments[group, node.name].add(values, axis)
+                    moments[group, node.name].add([value[node] for value in values], axis)
     found: dict[str, list[np.ndarray]] = {}
     for (group, _), sums in moments.items():
         found.setdefault(group, []).append(sums.correlation())

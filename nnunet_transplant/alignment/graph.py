@@ -1,24 +1,55 @@
 """The graph of a network's operations, as `torch.export` traces it, and running several networks through one graph."""
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import fx, nn
 
+from nnunet_transplant.architecture import build_network
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.model_folder import TrainedModel
 
 
 def trace(network: nn.Module, shape: Sequence[int]) -> Any:
-    """The `torch.export` program of a network in eval mode, for inputs of this shape (1, channels, ...); nothing is
-    allocated. Raises TransplantError for what cannot be traced."""
-    network = network.to("meta").eval()
+    """The `torch.export` program of a network, which is put in eval mode, for inputs of this shape (1, channels, ...).
+
+    Nothing is computed: the network may be on the meta device, but then so are the program's constants.
+    Raises TransplantError that names the module that cannot be traced.
+    """
+    image = torch.zeros(*shape, device=next(network.parameters()).device)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch to itself
-            return torch.export.export(network, (torch.zeros(*shape, device="meta"),), strict=False)
+            return torch.export.export(network.eval(), (image,), strict=False)
     except Exception as error:  # torch.export meets what it cannot trace with any exception
-        raise TransplantError(f"the network cannot be traced ({type(error).__name__}: {str(error)[:200]})") from error
+        names = {id(module): name for name, module in network.named_modules()}
+        calls = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        where = next((names[module] for module in reversed(calls) if module in names), "") or "the network"
+        what = [*str(error).strip().splitlines(), ""][0]
+        raise TransplantError(f"alignment cannot trace {where} ({type(error).__name__}: {what[:200]})") from error
+
+
+def meta_network(model: TrainedModel, trainer: type[nnUNetTrainer]) -> nn.Module:
+    """A model's network, heads of deep supervision included, without its weights."""
+    with torch.device("meta"):
+        return build_network(model.plans, model.configuration, model.dataset_json, trainer)
+
+
+def input_shape(model: TrainedModel, smallest: bool = False) -> tuple[int, ...]:
+    """(1, channels, *patch_size); a small input where the network takes any: two voxels an axis at the bottom (an
+    instance norm wants more than one)."""
+    plans = PlansManager(model.plans)
+    configuration = plans.get_configuration(model.configuration)
+    size = configuration.patch_size
+    strides = configuration.network_arch_init_kwargs.get("strides")
+    if smallest and strides is not None:
+        size = (2 * torch.tensor(strides).prod(0)).tolist()
+    return 1, determine_num_input_channels(plans, configuration, model.dataset_json), *size
 
 
 def tensor_names(program: Any) -> dict[str, str]:
@@ -48,9 +79,9 @@ class Run:
             self.unused_after.setdefault(user, []).append(node)
 
     def __call__(self, networks: Sequence[Mapping[str, torch.Tensor]],
-                 image: torch.Tensor) -> Iterator[tuple[fx.Node, list[torch.Tensor]]]:
-        """Every operation in order and its value in each network, as soon as it is made (later ones may overwrite it).
-        image: (1, channels, ...)."""
+                 image: torch.Tensor) -> Iterator[tuple[fx.Node, list[dict[fx.Node, Any]]]]:
+        """Every operation in order, and in each network the values that are still in use, its own and its inputs'
+        among them (later operations may overwrite them). image: (1, channels, ...)."""
         values: list[dict[fx.Node, Any]] = [{} for _ in networks]
         for node in self.program.graph.nodes:
             if node.op == "output":
@@ -60,7 +91,7 @@ class Run:
             for value, network in zip(values, networks, strict=True):
                 value[node] = self.compute(node, value, network, image)
             if node.op == "call_function":
-                yield node, [value[node] for value in values]
+                yield node, values
             for value in values:
                 for unused in self.unused_after.get(node, ()):
                     del value[unused]

@@ -7,7 +7,6 @@ weight makes. Slots tied to each other are one unit. Units may change places wit
 lie in the same tensors and are treated alike: the same operations, the same constants.
 """
 import math
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from nnunet_transplant.alignment.graph import tensor_names, trace
 from nnunet_transplant.errors import TransplantError
 
 FIXED = -1  # the slot of what is no unit: the image, constants, what is left when all units are summed up
@@ -84,22 +84,11 @@ class Spec:
 def derive(network: nn.Module, shape: Sequence[int]) -> Spec:
     """The spec of a network, which is put in eval mode, for inputs of this shape (1, channels, ...).
 
-    Nothing is computed: the network may be on the meta device, but then so are the program's constants.
     Raises TransplantError that names what in the network cannot be followed.
     """
-    image = torch.zeros(*shape, device=next(network.parameters()).device)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(network.eval(), (image,), strict=False)
-    except Exception as error:  # torch.export meets what it cannot trace with any exception
-        names = {id(module): name for name, module in network.named_modules()}
-        calls = [id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-        where = next((names[module] for module in reversed(calls) if module in names), "") or "the network"
-        what = [*str(error).strip().splitlines(), ""][0]
-        raise TransplantError(f"alignment cannot trace {where} ({type(error).__name__}: {what[:200]})") from error
-    tracer = _Tracer(program)
+    tracer = _Tracer(trace(network, shape))
     tracer.run()
-    return Spec(tracer.groups(), program)
+    return Spec(tracer.groups(), tracer.program)
 
 
 @dataclass
@@ -124,11 +113,9 @@ class _Tracer:
     differs along the axes on which it is no expanded view."""
 
     def __init__(self, program: ExportedProgram) -> None:
-        self.program, signature = program, program.graph_signature
-        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.weights = {node: _Weight(name, tuple(program.state_dict[name].shape), node in
-                                      signature.inputs_to_parameters)
-                        for node, name in names.items() if name in program.state_dict}
+        self.program, parameters, state = program, program.graph_signature.inputs_to_parameters, program.state_dict
+        self.weights = {node: _Weight(name, tuple(state[name].shape), node in parameters)
+                        for node, name in tensor_names(program).items() if name in state}
         self.values: dict[fx.Node, Any] = {}
         self.slots = 0
         self.ties: list[np.ndarray] = []                      # (2, n): slots
@@ -156,6 +143,8 @@ class _Tracer:
         kind = _kind(node)
         if kind == "getitem":
             return self.values[node.args[0]][node.args[1]]
+        if kind == "_assert_tensor_metadata":  # gives nothing
+            return None
         if kind in _STRUCTURAL:
             return node.target(*fx.node.map_arg(node.args, self.value), **node.kwargs)
         if isinstance(node.meta["val"], torch.Tensor) and all(
@@ -214,9 +203,10 @@ class _Tracer:
         for units, constant in ((one, other), (other, one)):
             # Units that meet different entries of a constant are not alike. Where it differs along voxels or tokens
             # only, an axis on which the units are the same, all of them meet all of it.
-            same = tuple(axis for axis in range(units.ndim) if units.shape[axis] == 1)
-            meets = (constant == FIXED).any(axis=same, keepdims=True)
-            self.sign(np.where(meets, units, FIXED), np.arange(meets.size).reshape(meets.shape))
+            if (constant == FIXED).any():
+                same = tuple(axis for axis in range(units.ndim) if units.shape[axis] == 1)
+                meets = (constant == FIXED).any(axis=same, keepdims=True)
+                self.sign(np.where(meets, units, FIXED), np.arange(meets.size).reshape(meets.shape))
 
     def along(self, value: torch.Tensor, axis: int) -> np.ndarray:
         """The slots along an axis; all those at one place on it are tied, for one entry of a weight meets them."""
@@ -397,10 +387,7 @@ def _block_count(units: tuple[int, ...], divisions: Sequence[Sequence[set[int]]]
 
 def _thin(value: torch.Tensor) -> torch.Tensor:
     """The value with size 1 along the axes on which it is an expanded view."""
-    for axis, stride in enumerate(value.stride()):
-        if stride == 0:
-            value = value.narrow(axis, 0, 1)
-    return value
+    return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
 
 
 def _spread(units: np.ndarray, axis: int, node: fx.Node) -> torch.Tensor:
@@ -530,16 +517,16 @@ def _reduction(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
 @_rule("cat", "stack")
 def _joined(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
     shape, axis = node.meta["val"].shape, _argument(node, 1, "dim", 0) % node.meta["val"].dim()
-    parts = [tracer.value(part).unsqueeze(axis) if _kind(node) == "stack" else tracer.value(part)
-             for part in node.args[0]]
+    parts = [tracer.value(part) for part in node.args[0]]
+    if _kind(node) == "stack":
+        parts = [part.unsqueeze(axis) for part in parts]
+    thin = [_thin(part) for part in parts if part.numel()]
+    if thin[0].shape[axis] == 1 and all(torch.equal(part, thin[0]) and (part != FIXED).all() for part in thin):
+        return thin[0].expand(shape)  # tokens put together again: the same units everywhere
     for other in range(len(shape)):
         if other != axis and all(part.stride(other) == 0 for part in parts):
             parts = [part.narrow(other, 0, 1) for part in parts]
-    whole = torch.cat(parts, axis)
-    first = whole.narrow(axis, 0, 1)
-    if bool(((whole == first) & (first != FIXED)).all()):  # tokens put together again: the same units everywhere
-        whole = first
-    return whole.expand(shape)
+    return torch.cat(parts, axis).expand(shape)
 
 
 @_rule("scaled_dot_product_attention")

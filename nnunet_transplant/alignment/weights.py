@@ -138,10 +138,8 @@ def correlation(covariance: torch.Tensor, variance_one: torch.Tensor, variance_o
     return (covariance * scales[0][:, None] * scales[1]).clamp(-1, 1).double().numpy()
 
 
-def move(tensor: torch.Tensor, group: Group, segment: Segment, assignment: np.ndarray,
-         keep: int | None = None) -> torch.Tensor:
+def move(tensor: torch.Tensor, group: Group, segment: Segment, assignment: np.ndarray) -> torch.Tensor:
     """The tensor with one segment's units put where the assignment (D,) says; units that meet are added up."""
-    keep = group.size if keep is None else keep
     inside = group.size // group.blocks
     if segment.rigid:
         assignment = assignment[::inside] // inside
@@ -153,6 +151,7 @@ def move(tensor: torch.Tensor, group: Group, segment: Segment, assignment: np.nd
     target[segment.start:segment.start + group.size] = segment.start + torch.from_numpy(assignment)
     if len(np.unique(assignment)) == group.size:
         return tensor.index_select(segment.axis, torch.argsort(target))
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # sums of halves would be rounded each time
     return torch.zeros_like(tensor).index_add_(segment.axis, target, tensor)
 
 
@@ -164,20 +163,22 @@ def moved(tensors: Network, spec: Spec, assignments: Assignments, model: int) ->
     """
     result = dict(tensors)
     for name, around in spec.by_tensor().items():
+        if name not in result:
+            continue
+        tensor = result[name]
         for group, segment in around:
-            if name not in result or group.name not in assignments:
+            if group.name not in assignments:
                 continue
             assignment = assignments[group.name]
-            dtype = result[name].dtype
-            tensor = move(result[name], group, segment, assignment[model])
-            if not segment.reads:
-                counts = np.bincount(assignment.ravel(), minlength=group.size)
-                if not (counts == len(assignment)).all():
-                    factors = torch.ones(tensor.shape[segment.axis])
-                    factors[segment.start:segment.start + group.size] = torch.from_numpy(
-                        len(assignment) / np.maximum(counts, 1)).float()
-                    shape = [1] * tensor.dim()
-                    shape[segment.axis] = -1
-                    tensor = (tensor.float() * factors.reshape(shape)).to(dtype)
-            result[name] = tensor
+            tensor = move(tensor, group, segment, assignment[model])
+            counts = np.bincount(assignment.ravel(), minlength=group.size)
+            # a rigid segment's merged units have one of each model, as its blocks do
+            if not segment.reads and not segment.rigid and not (counts == len(assignment)).all():
+                factors = torch.ones(tensor.shape[segment.axis])
+                factors[segment.start:segment.start + group.size] = torch.from_numpy(
+                    len(assignment) / np.maximum(counts, 1)).float()
+                shape = [1] * tensor.dim()
+                shape[segment.axis] = -1
+                tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factors.reshape(shape)
+        result[name] = tensor.to(result[name].dtype)
     return result

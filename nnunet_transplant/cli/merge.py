@@ -70,6 +70,8 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
                         + "; ".join(f"{m.name}: {m.needs[-1]}" for m in METHODS.values() if m.needs_data))
     parser.add_argument("-n_cases", type=int, default=8, metavar="N", help="how many volumes of each; default 8")
     parser.add_argument("-cases", metavar="FILE|train:K|val:K", help="take them from these cases; default all")
+    parser.add_argument("--fit_head", action="store_true", default=None, help="after merging, fit the head without "
+                        "labels to what the ensemble of the models says of the volumes")
     parser.add_argument("-polish", type=int, metavar="N", help="after merging, N steps without labels towards what the "
                         "ensemble of the models says of the volumes; default 0")
     parser.add_argument("-polish_lr", type=float, metavar="LR", help="their learning rate (AdamW); default 0.001")
@@ -96,10 +98,10 @@ def recipe_from(args: Namespace, start: Recipe) -> Recipe:
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     recipe = start if args.method in (None, start.method) else Recipe(
         args.method, keep_base_for=start.keep_base_for, stage_weights=start.stage_weights,
-        volumes=start.volumes if find(args.method).needs_data or start.polish else None, polish=start.polish,
-        polish_lr=start.polish_lr)
+        volumes=start.volumes if find(args.method).needs_data or start.polish or start.fit_head else None,
+        fit_head=start.fit_head, polish=start.polish, polish_lr=start.polish_lr)
     recipe = replace(recipe, parameters={**recipe.parameters, **given})
-    for name in ("weights", "keep_base_for", "stage_weights", "polish", "polish_lr", "share"):
+    for name in ("weights", "keep_base_for", "stage_weights", "fit_head", "polish", "polish_lr", "share"):
         if getattr(args, name, None) is not None:
             recipe = replace(recipe, **{name: getattr(args, name)})
     if args.d is not None:

@@ -6,15 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_transplant.alignment.activations import activation_similarity
 from nnunet_transplant.alignment.dual import Solve, aligned, match, zipped
-from nnunet_transplant.alignment.graph import trace, untrained_heads
+from nnunet_transplant.alignment.graph import input_shape, meta_network, trace, untrained_heads
 from nnunet_transplant.alignment.spec import Spec, derive
 from nnunet_transplant.alignment.weights import Network, moved, restricted
-from nnunet_transplant.architecture import build_network
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging.calibration import Calibration
 from nnunet_transplant.merging.registry import METHODS, SEED, Method, Parameter, WeightsRule, any_weights, register
@@ -46,24 +43,7 @@ class Aligned:
 
 def network_spec(model: TrainedModel, trainer: type[nnUNetTrainer]) -> Spec:
     """The permutation spec of a model's network, heads of deep supervision included."""
-    return derive(_network(model, trainer), _input_shape(model, smallest=True))
-
-
-def _network(model: TrainedModel, trainer: type[nnUNetTrainer]) -> torch.nn.Module:
-    with torch.device("meta"):
-        return build_network(model.plans, model.configuration, model.dataset_json, trainer)
-
-
-def _input_shape(model: TrainedModel, smallest: bool) -> tuple[int, ...]:
-    """(1, channels, *patch_size); a small input where the network takes any: two voxels an axis at the bottom (an
-    instance norm wants more than one)."""
-    plans = PlansManager(model.plans)
-    configuration = plans.get_configuration(model.configuration)
-    size = configuration.patch_size
-    strides = configuration.network_arch_init_kwargs.get("strides")
-    if smallest and strides is not None:
-        size = (2 * torch.tensor(strides).prod(0)).tolist()
-    return 1, determine_num_input_channels(plans, configuration, model.dataset_json), *size
+    return derive(meta_network(model, trainer), input_shape(model, smallest=True))
 
 
 def put_together(given: Unaligned, calibration: Calibration | None, solve: Solve, alpha: float, seed: int,
@@ -89,7 +69,7 @@ def put_together(given: Unaligned, calibration: Calibration | None, solve: Solve
 
 def _activations(given: Unaligned, calibration: Calibration, spec: Spec) -> dict[str, np.ndarray]:
     first = given.models[0]
-    program = trace(_network(first, given.trainer), _input_shape(first, smallest=False))
+    program = trace(meta_network(first, given.trainer), input_shape(first))
     networks = [{name: tensor.to(calibration.device) for name, tensor in tensors.items()} for tensors in given.tensors]
     patches = calibration.bar(calibration.patches, "activations")
     return activation_similarity(spec, program, networks, (calibration.images([patch]) for patch in patches))

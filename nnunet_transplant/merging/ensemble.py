@@ -1,5 +1,6 @@
 """The ensemble of the models that are merged, as a teacher: what one merged model should say, without any labels."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -77,6 +78,80 @@ def reference_targets(calibration: Calibration) -> list[torch.Tensor]:
             target = torch.stack([torch.where(target == IGNORED, IGNORED, (target == row).long()) for row in rows])
         targets.append(target)
     return targets
+
+
+def fit_head(calibration: Calibration, joined: JoinedHeads, merged: dict[str, torch.Tensor], seed: int = 0,
+             positions: int = 4096) -> dict[str, torch.Tensor]:
+    """The merged tensors with the head of full resolution fitted to the ensemble: the logistic regression of its
+    probabilities on what the merged model's head reads, a convex problem without step sizes (L-BFGS). No labels.
+
+    positions: voxels taken of each patch at most, half of them where the ensemble is not sure of background. Raises
+    TransplantError for a network whose output no single layer makes.
+    """
+    teacher = ensemble_logits(calibration, joined, "ensemble")
+    regions = has_regions(calibration.dataset_json["labels"])
+    network = calibration.merged_network(merged)
+    head = output_layer(network, calibration.images(calibration.patches[:1]))
+    generator = torch.Generator().manual_seed(seed)
+    read, said = [], []
+
+    def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        read.append(inputs[0][0].flatten(1))
+    with torch.no_grad(), _hook(head, look):
+        for patch, target in zip(calibration.bar(calibration.patches, "fitting the head"), teacher, strict=True):
+            network(calibration.images([patch]))
+            logits = target.float().to(calibration.device).flatten(1)
+            probability = logits.sigmoid().amax(0) if regions else 1 - logits.softmax(0)[0]
+            chosen = _half_from(probability > 0.01, positions, generator)
+            read[-1] = torch.cat([read[-1], torch.ones_like(read[-1][:1])])[:, chosen]
+            said.append(logits[:, chosen])
+    inputs, target = torch.cat(read, 1), torch.cat(said, 1)[None]
+    bias = torch.zeros(len(target[0]), device=target.device) if head.bias is None else head.bias.detach()
+    weight = torch.cat([head.weight.detach().flatten(1), bias[:, None]], 1).requires_grad_(True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = divergence((weight @ inputs)[None], target, regions)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    canonical = {id(tensor): name for name, tensor in network.named_parameters(remove_duplicate=False)}
+    found = {canonical[id(head.weight)]: weight.detach()[:, :-1].reshape(head.weight.shape).cpu()}
+    if head.bias is not None:
+        found[canonical[id(head.bias)]] = weight.detach()[:, -1].cpu()
+    return merged | {name: tensor.to(merged[name].dtype) for name, tensor in found.items()}
+
+
+def output_layer(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """The convolution of single voxels whose output is the network's. Raises TransplantError where there is none."""
+    last: list[nn.Module] = []
+    hooks = [module.register_forward_hook(lambda module, *_: last.append(module)) for module in network.modules()
+             if isinstance(module, (nn.Conv2d, nn.Conv3d)) and set(module.kernel_size) == {1}]
+    with torch.no_grad():
+        output = network(images)
+        found = next((module for module in reversed(last) if module.out_channels == output.shape[1]), None)
+    for hook in hooks:
+        hook.remove()
+    if found is None:
+        raise TransplantError("--fit_head needs a network that ends in a convolution of single voxels")
+    return found
+
+
+@contextmanager
+def _hook(module: nn.Module, function: Callable) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(function)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _half_from(wanted: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices of at most `count` entries: half of them where wanted, the others anywhere."""
+    anywhere = torch.randperm(len(wanted), generator=generator)[:count // 2].to(wanted.device)
+    there = wanted.nonzero()[:, 0]
+    return torch.cat([anywhere, there[torch.randperm(len(there), generator=generator)[:count // 2].to(there.device)]])
 
 
 def polish(calibration: Calibration, joined: JoinedHeads, merged: dict[str, torch.Tensor], steps: int, lr: float,

@@ -25,7 +25,7 @@ from nnunet_transplant.heads import (
 from nnunet_transplant.merging.align import Unaligned
 from nnunet_transplant.merging.apply import is_finite, merge_tensors
 from nnunet_transplant.merging.calibration import Calibration, Volumes, open_calibration
-from nnunet_transplant.merging.ensemble import agreement, ensemble_targets, polish, reference_targets
+from nnunet_transplant.merging.ensemble import agreement, ensemble_targets, fit_head, polish, reference_targets
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import Method, find
 from nnunet_transplant.merging.stages import matching, scales
@@ -66,6 +66,7 @@ class Recipe:
     weights: one for each model folder; its folds share it equally. None: the method's own default.
     parameters: of the method, by name. keep_base_for, stage_weights: see `stages.scales`.
     volumes: what methods with needs_data look at.
+    fit_head: fit the head of full resolution to what the ensemble of the models says of the volumes.
     polish: so many steps of AdamW at polish_lr towards what the ensemble of the models says of the volumes.
     share: shell patterns of the tensors that models share in the end, for `merge_shared`; the others are their own.
     """
@@ -75,6 +76,7 @@ class Recipe:
     keep_base_for: Sequence[str] = ()
     stage_weights: Sequence[float] | None = None
     volumes: Volumes | None = None
+    fit_head: bool = False
     polish: int = 0
     polish_lr: float = 1e-3
     share: Sequence[str] = ()
@@ -135,8 +137,9 @@ def merge_shared(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe,
     Raises TransplantError as `merge_models` does, for a method that does not align, and a pattern that matches nothing.
     """
     work = _Work(groups, recipe, theta_0, progress)
-    if work.method.align is None or recipe.polish or work.settings.get("search", "no") != "no":
-        raise TransplantError("-share works with methods that align, and without -polish and -search")
+    searches = work.settings.get("search", "no") != "no"
+    if work.method.align is None or recipe.polish or recipe.fit_head or searches:
+        raise TransplantError("-share needs a method that aligns, and no -polish, --fit_head or -search")
     tensors = work.aligned()
     merged = work.merged(tensors)
     models = {}
@@ -186,10 +189,13 @@ class _Work:
         for method in dict.fromkeys((self.method.name, self.then.name)):
             find(method).check_models(len(self.models), given)
         searches = self.settings.get("search", "no") != "no"
-        if (self.recipe.polish or searches) and not given:
-            raise TransplantError(f"{'-polish' if self.recipe.polish else '-search'} needs volumes to look at: give -d "
-                                  "DATASET")
-        if given and not (self.method.needs_data or self.then.needs_data or self.method.align or self.recipe.polish):
+        if not 0 <= self.recipe.polish <= 10 ** 6 or not 0 < self.recipe.polish_lr <= 1:
+            raise TransplantError("-polish must be a number of steps, and -polish_lr lie above 0 and at most at 1")
+        asking = [option for option, asked in (("-polish", self.recipe.polish), ("--fit_head", self.recipe.fit_head),
+                                               ("-search", searches)) if asked]
+        if asking and not given:
+            raise TransplantError(f"{asking[0]} needs volumes to look at: give -d DATASET")
+        if given and not (self.method.needs_data or self.then.needs_data or self.method.align or asking):
             raise TransplantError(f"method {self.method.name} looks at no volumes: leave out -d")
 
     def merge(self) -> dict[str, torch.Tensor]:
@@ -197,6 +203,8 @@ class _Work:
         merged = self.merged(self.aligned()) if self.settings.get("search", "no") == "no" else self.searched()
         if self.method.align is not None and self.calibration is not None and has_running_statistics(list(merged)):
             merged = merged | recomputed(self.calibration, self.calibration.merged_network(merged))
+        if self.recipe.fit_head:
+            merged = fit_head(self.calibration, self.joined, merged)
         if self.recipe.polish:
             merged = polish(self.calibration, self.joined, merged, self.recipe.polish, self.recipe.polish_lr)
         return merged
@@ -357,7 +365,7 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
         "keep_base_for": list(recipe.keep_base_for),
         "stage_weights": None if recipe.stage_weights is None else list(recipe.stage_weights),
         "volumes": None if calibration is None else calibration.provenance(), "found": dict(found),
-        "polish": recipe.polish, "polish_lr": recipe.polish_lr, "share": list(recipe.share),
+        "fit_head": recipe.fit_head, "polish": recipe.polish, "polish_lr": recipe.polish_lr, "share": list(recipe.share),
         "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
         "inputs": [{"path": str(model.path.resolve()), "sha256": sha256, "fold": model.fold, "group": group,
                     "weight": weight, "structures": list(structures(model))}

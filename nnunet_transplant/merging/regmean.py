@@ -118,13 +118,18 @@ def input_rows(layer: Convolution, inputs: torch.Tensor, positions: int, generat
         rows = inputs[0].flatten(1).T
         return rows[choose(len(rows), positions, generator)]
     padded = nn.functional.pad(inputs[0], [pad for pad in reversed(layer.padding) for _ in (0, 1)])
-    windows = padded
-    for axis, (size, stride) in enumerate(zip(layer.kernel_size, layer.stride, strict=True), start=1):
-        windows = windows.unfold(axis, size, stride)  # (channels, *output, *kernel), a view
+    windows = windows_of(padded, layer.kernel_size, layer.stride)
     output = windows.shape[1:padded.dim()]
     chosen = torch.unravel_index(choose(output.numel(), positions, generator), output)
     rows = windows[(slice(None), *(index.to(inputs.device) for index in chosen))]  # (channels, positions, *kernel)
     return rows.transpose(0, 1).flatten(1)
+
+
+def windows_of(volume: torch.Tensor, kernel: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """(channels, *size) -> (channels, *output, *kernel), a view: what a kernel sees at each of its places."""
+    for axis, (size, step) in enumerate(zip(kernel, stride, strict=True), start=1):
+        volume = volume.unfold(axis, size, step)
+    return volume
 
 
 def choose(size: int, count: int, generator: torch.Generator) -> torch.Tensor:

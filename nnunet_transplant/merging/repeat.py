@@ -85,5 +85,6 @@ def _recipe(record: dict[str, Any]) -> Recipe:
         stage_weights=None if stages is None else [float(weight) for weight in stages],
         volumes=None if volumes is None else Volumes(
             list(volumes["datasets"]), int(volumes["n_cases"]), volumes["cases"], str(volumes["device"])),
-        polish=int(record.get("polish", 0)), polish_lr=float(record.get("polish_lr", 1e-3)),
+        fit_head=bool(record.get("fit_head", False)), polish=int(record.get("polish", 0)),
+        polish_lr=float(record.get("polish_lr", 1e-3)),
         share=[str(pattern) for pattern in record.get("share", [])])

@@ -14,6 +14,9 @@ from factory import run_command, write_planned_phantom
 pytestmark = pytest.mark.slow
 
 TRAINER = "1epochs_2iterations"
+# nnU-Net's own prediction in one process; its command has no flag for it
+NO_POOLS = ("nnUNetPredictor.predict_from_files = lambda self, images, output, **_: "
+            "self.predict_from_files_sequential(images, output)")
 # kind of labels -> tasks of two structures each that together are more than one task's structures
 TASKS = {"plain": ["Solid=Liver,Spleen", "Both=Kidney+Aorta"],
          "ignore": ["Solid=Liver,Spleen", "Both=Kidney+Aorta"],
@@ -25,14 +28,15 @@ def model_folder(root: Path, dataset: str, trainer: str) -> Path:
     return root / "results" / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
 
 
-def predict_without_this_package(*arguments: object) -> None:
+def predict_without_this_package(pools: int, *arguments: object) -> None:
     """Stock nnUNetv2_predict_from_modelfolder where `import nnunet_transplant` fails and no extra trainers are set."""
     code = ("import sys; sys.modules['nnunet_transplant'] = None\n"
-            "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder\n"
+            "from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point_modelfolder\n"
+            f"{NO_POOLS * (not pools)}\n"
             "if __name__ == '__main__': predict_entry_point_modelfolder()")
     environment = {name: value for name, value in os.environ.items() if name != "nnUNet_extTrainer"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments), "-npp", "1", "-nps", "1"],
+                          env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -78,8 +82,8 @@ def test_the_whole_job(nnunet: Path, kind: str) -> None:
         "-npp", 0, "-nps", 0)
     run("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"fly_{kind}", "-m", *experts, "-f", 0,
         "-method", "ties", "-device", "cpu", "-npp", pools, "-nps", pools)
-    predict_without_this_package("-i", few, "-o", nnunet / f"stock_{kind}", "-m", merged, "-f", "all", "-device", "cpu",
-                                 "-npp", 1, "-nps", 1)
+    predict_without_this_package(pools, "-i", few, "-o", nnunet / f"stock_{kind}", "-m", merged, "-f", "all",
+                                 "-device", "cpu")
     ours, fly, stock = (voxels(nnunet / f"{name}_{kind}") for name in ("ours", "fly", "stock"))
     assert len(stock) == 2
     for name, expected in stock.items():
