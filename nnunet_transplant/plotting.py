@@ -1,6 +1,6 @@
 """Every figure of the package."""
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +82,49 @@ def _kinds(masks: dict[str, np.ndarray], axis: int) -> np.ndarray:
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     image = SimpleITK.ReadImage(str(path))
     return SimpleITK.GetArrayFromImage(image), np.array(image.GetSpacing())[::-1]
+
+
+def save_units_figure(groups: Mapping[str, Sequence[tuple[str, bool]]], columns: Mapping[str, tuple[int, int]],
+                      path: Path) -> None:
+    """What is matched with what in a U-Net: every tensor that makes or reads units as a box, with a bar of its group's
+    colour on the right for the units it makes, and bars on the left, one above the other, for those it reads.
+
+    groups: by name, the tensors that it has a part in, and whether they read its units.
+    columns: where to draw each tensor: (column, row), rows from the top.
+    """
+    colours = plt.get_cmap("tab20").colors
+    figure, axes = plt.subplots(figsize=(1.3 * (1 + max(x for x, _ in columns.values())),
+                                         1.1 * (1 + max(y for _, y in columns.values()))), layout="constrained")
+    reads = {tensor: [name for name, parts in groups.items() if (tensor, True) in parts] for tensor in columns}
+    for tensor, (x, y) in columns.items():
+        transposed, head = "transpconv" in tensor, "seg_layers" in tensor
+        axes.add_patch(plt.Rectangle((x - 0.36, -y - 0.3), 0.72, 0.6, facecolor="white", edgecolor="0.3"))
+        axes.text(x, -y, "head" if head else "up" if transposed else "conv", ha="center", va="center", fontsize=8)
+        for i, name in enumerate(reads[tensor]):
+            height = 0.6 / len(reads[tensor])
+            axes.add_patch(plt.Rectangle((x - 0.36, -y + 0.3 - (i + 1) * height), 0.12, height,
+                                         color=colours[list(groups).index(name) % 20]))
+        for index, (name, parts) in enumerate(groups.items()):
+            if (tensor, False) in parts:
+                axes.add_patch(plt.Rectangle((x + 0.24, -y - 0.3), 0.12, 0.6, color=colours[index % 20]))
+                for other, (to_x, to_y) in columns.items():
+                    if name in reads[other]:
+                        i, height = reads[other].index(name), 0.6 / len(reads[other])
+                        axes.annotate("", (to_x - 0.36, -to_y + 0.3 - (i + 0.5) * height), (x + 0.36, -y),
+                                      arrowprops={"arrowstyle": "->", "color": colours[index % 20], "lw": 1.2})
+    axes.set_xlim(-0.6, max(x for x, _ in columns.values()) + 0.6)
+    axes.set_ylim(-max(y for _, y in columns.values()) - 0.6, 0.6)
+    axes.set_axis_off()
+    figure.savefig(path, metadata={"Software": None}, dpi=130)
+    plt.close(figure)
+
+
+def save_barrier_figure(positions: Sequence[float], losses: Mapping[str, Sequence[float]], path: Path) -> None:
+    """The loss along the line from one model (0) to another (1), a line for each way to align them."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (name, values), colour in zip(losses.items(), STRUCTURE_COLOURS, strict=False):
+        axes.plot(positions, values, marker="o", color=colour, label=name)
+    axes.set(xlabel="share of the second model's weights", ylabel="loss")
+    axes.legend()
+    figure.savefig(path, metadata={"Software": None}, dpi=130)
+    plt.close(figure)

@@ -5,6 +5,7 @@ they do with the similarities: align gives every unit one of each other model, z
 """
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 from tqdm import tqdm
@@ -16,16 +17,29 @@ from nnunet_transplant.alignment.weights import Assignments, Network, WeightSimi
 MOST_SWEEPS = 100
 PATIENCE = 5  # sweeps without a better mean matched similarity
 
-Solve = Callable[[np.ndarray, int, int], np.ndarray]  # similarity (N D, N D), models, blocks -> assignment (N D,)
+@dataclass(frozen=True)
+class Solver:
+    """What makes an assignment (N D,) of the similarities (N D, N D) of N models' units.
+
+    pairs: the pairs of models whose similarities it looks at; the others may be anything.
+    """
+    solve: Callable[[np.ndarray, int, int], np.ndarray]  # similarity, models, blocks
+    pairs: Callable[[int], list[tuple[int, int]]]
 
 
-def aligned(to_mean: bool) -> Solve:
+def aligned(to_mean: bool) -> Solver:
     """Every unit with one of each other model: matched to the first model, or to the mean of the others."""
-    return lambda similarity, models, blocks: as_assignment(align_many(similarity, models, blocks, to_mean=to_mean))
+    def solve(similarity: np.ndarray, models: int, blocks: int) -> np.ndarray:
+        return as_assignment(align_many(similarity, models, blocks, to_mean=to_mean))
+
+    def pairs(models: int) -> list[tuple[int, int]]:
+        return list(combinations(range(models), 2)) if to_mean else [(0, n) for n in range(1, models)]
+    return Solver(solve, pairs)
 
 
-def zipped(decay: float, budget: float) -> Solve:
-    return lambda similarity, models, blocks: zip_units(similarity, models, decay, budget, blocks=blocks)
+def zipped(decay: float, budget: float) -> Solver:
+    return Solver(lambda similarity, models, blocks: zip_units(similarity, models, decay, budget, blocks=blocks),
+                  lambda models: list(combinations_with_replacement(range(models), 2)))
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Matching:
     sweeps: int
 
 
-def match(spec: Spec, networks: Sequence[Network], solve: Solve, alpha: float,
+def match(spec: Spec, networks: Sequence[Network], solver: Solver, alpha: float,
           activations: Mapping[str, np.ndarray] | None = None, seed: int = 0, skip: frozenset[str] = frozenset(),
           pearson: bool = True, patience: int = PATIENCE, progress: bool = False) -> Matching:
     """MuDSC's Eq. 8: P_l = Psi(alpha C(Z_l) + (1 - alpha) C(A_l)), layer by layer in a random order, until the mean
@@ -46,21 +60,27 @@ def match(spec: Spec, networks: Sequence[Network], solve: Solve, alpha: float,
     skip: tensors whose weights say nothing (see WeightSimilarity).
     """
     models = len(networks)
+    pairs = solver.pairs(models)
     state = identity(spec, models)
-    if activations is not None:
-        state = {name: solve(activations[name], models, group.blocks).reshape(models, -1)
-                 for name, group in spec.groups.items()}
-    if alpha == 0:
-        score = _mean(spec, {name: matched_similarity(activations[name], state[name]) for name in spec.groups})
-        return Matching(state, score, 0)
-    weights = WeightSimilarity(spec, networks, skip)
+    weights = None if alpha == 0 else WeightSimilarity(spec, networks, skip)
 
     def similarity(name: str) -> np.ndarray:
-        found = full(weights, name, state, pearson)
-        return found if alpha == 1 else alpha * found + (1 - alpha) * activations[name]
+        found = 0.0 if alpha == 0 else alpha * full(weights, name, state, pairs, pearson)
+        return found if alpha == 1 else found + (1 - alpha) * activations[name]
+
+    def solve(name: str, similarities: np.ndarray) -> np.ndarray:
+        return solver.solve(similarities, models, spec.groups[name].blocks).reshape(models, -1)
 
     def score() -> float:
-        return _mean(spec, {name: matched_similarity(similarity(name), state[name]) for name in spec.groups})
+        """Over units, so that a group counts by its size."""
+        sizes = {name: group.size for name, group in spec.groups.items()}
+        matched = {name: matched_similarity(similarity(name), state[name], pairs) for name in sizes}
+        return sum(matched[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
+
+    if activations is not None:
+        state = {name: solve(name, activations[name]) for name in spec.groups}
+    if alpha == 0:
+        return Matching(state, score(), 0)
 
     best = Matching(dict(state), score(), 0)
     rng = np.random.default_rng(seed)
@@ -68,7 +88,7 @@ def match(spec: Spec, networks: Sequence[Network], solve: Solve, alpha: float,
         for sweep in range(1, MOST_SWEEPS + 1):
             before = dict(state)
             for name in rng.permutation(list(spec.groups)):
-                state[name] = solve(similarity(name), models, spec.groups[name].blocks).reshape(models, -1)
+                state[name] = solve(name, similarity(name))
             bar.update()
             now = score()
             bar.set_postfix_str(f"mean similarity {now:.4f}", refresh=False)
@@ -79,24 +99,26 @@ def match(spec: Spec, networks: Sequence[Network], solve: Solve, alpha: float,
     return best
 
 
-def full(weights: WeightSimilarity, name: str, state: Assignments, pearson: bool = True) -> np.ndarray:
-    """(N D, N D): the weight similarities of all units of all models, by blocks of two models each."""
-    blocks = [[None] * weights.models for _ in range(weights.models)]
-    for one in range(weights.models):
-        for other in range(one, weights.models):
-            blocks[one][other] = weights.between(name, one, other, state, pearson)
-            blocks[other][one] = blocks[one][other].T
-    return np.block(blocks)
+def full(weights: WeightSimilarity, name: str, state: Assignments, pairs: Sequence[tuple[int, int]],
+         pearson: bool = True) -> np.ndarray:
+    """(N D, N D): the weight similarities of the units of these pairs of models, 0 for others."""
+    size = weights.spec.groups[name].size
+    result = np.zeros((weights.models, size, weights.models, size))
+    for one, other in pairs:
+        result[one, :, other] = weights.between(name, one, other, state, pearson)
+        result[other, :, one] = result[one, :, other].T
+    return result.reshape(weights.models * size, -1)
 
 
-def matched_similarity(similarity: np.ndarray, assignment: np.ndarray) -> float:
-    """The mean over pairs of different units that are matched; 0 where there are none."""
-    together = assignment.ravel()[:, None] == assignment.ravel()
-    np.fill_diagonal(together, False)
-    return float(similarity[together].mean()) if together.any() else 0.0
-
-
-def _mean(spec: Spec, values: Mapping[str, float]) -> float:
-    """Over units, so that a group counts by its size."""
-    sizes = {name: group.size for name, group in spec.groups.items()}
-    return sum(values[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
+def matched_similarity(similarity: np.ndarray, assignment: np.ndarray, pairs: Sequence[tuple[int, int]]) -> float:
+    """The mean over pairs of different units, of these pairs of models, that an assignment (N, D) brings together; 0
+    where there are none."""
+    between = similarity.reshape(*assignment.shape, *assignment.shape)
+    found = []
+    for one, other in pairs:
+        together = assignment[one][:, None] == assignment[other]
+        if one == other:
+            together = np.triu(together, 1)
+        found.append(between[one, :, other][together])
+    values = np.concatenate(found)
+    return float(values.mean()) if values.size else 0.0

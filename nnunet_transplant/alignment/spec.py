@@ -8,7 +8,7 @@ lie in the same tensors and are treated alike: the same operations, the same con
 """
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ def derive(network: nn.Module, shape: Sequence[int]) -> Spec:
     return Spec(tracer.groups(), tracer.program)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Weight:
     """A parameter or buffer, and the slots of its axes, or of its entries where it is used as a value."""
     name: str
@@ -100,8 +100,8 @@ class _Weight:
     axes: dict[int, np.ndarray] = field(default_factory=dict)
     entries: np.ndarray | None = None
     reads: set[int] = field(default_factory=set)    # axes
-    free: list[bool] = field(default_factory=list)  # for every use: whether a norm undoes its units' scales
-    idle: list[bool] = field(default_factory=list)  # for every use: whether a norm undoes it, a bias
+    free: list[bool] = field(default_factory=list)  # for every use as a layer's weight: whether a norm follows
+    idle: list[bool] = field(default_factory=list)  # for every use as its bias: the same
 
 
 _Place = tuple[_Weight, int, int]  # axis, index
@@ -119,9 +119,9 @@ class _Tracer:
         self.values: dict[fx.Node, Any] = {}
         self.slots = 0
         self.ties: list[np.ndarray] = []                      # (2, n): slots
-        self.signs: list[tuple[np.ndarray, np.ndarray]] = []  # of one operation: slots, and a number for each
+        self.marks: list[tuple[np.ndarray, np.ndarray]] = []  # of one operation: slots, and the mark of each
         self.blocks: list[np.ndarray] = []                    # (blocks, n): slots
-        self.attention: list[tuple] = []                      # queries, keys, values (heads, n): slots; the node
+        self.heads: list[tuple] = []                          # queries, keys, values (heads, n): slots; the node
         self.taps: list[tuple[Tap, np.ndarray]] = []
 
     def run(self) -> None:
@@ -129,32 +129,53 @@ class _Tracer:
             if node.op == "call_function":
                 value = self.values[node] = self.call(node)
                 if isinstance(value, torch.Tensor):
-                    self.sign(np.unique(_thin(value)), 0)
+                    self.mark(_thin(value).numpy(), 0)
             elif node.op == "output":
                 for value in map(self.value, node.all_input_nodes):  # each of its units has a meaning of its own
-                    slots = np.unique(_thin(value))
-                    self.sign(slots, np.arange(len(slots)))
+                    slots = _thin(value).numpy().ravel()
+                    self.mark(slots, np.arange(len(slots)))
             elif node.op != "placeholder":
                 raise TransplantError(f"alignment cannot follow {node.op} {node.target} of the network")
             elif node.name not in self.weights:
                 self.values[node] = _constant(node)
 
     def call(self, node: fx.Node) -> Any:
-        kind = _kind(node)
+        kind, value = _kind(node), node.meta["val"]
         if kind == "getitem":
             return self.values[node.args[0]][node.args[1]]
-        if kind == "_assert_tensor_metadata":  # gives nothing
-            return None
-        if kind in _STRUCTURAL:
+        if kind in _REARRANGING:
             return node.target(*fx.node.map_arg(node.args, self.value), **node.kwargs)
-        if isinstance(node.meta["val"], torch.Tensor) and all(
+        if isinstance(value, torch.Tensor) and all(
                 other in self.values and bool((_thin(self.values[other]) == FIXED).all())
                 for other in node.all_input_nodes):
-            return _constant(node)
-        if kind in _RULES:
-            return _RULES[kind](self, node)
+            return _constant(node)  # whatever it is, it is made of constants
         if kind in _ENTRY_BY_ENTRY:
             return self.entry_by_entry(node)
+        if kind in _RESAMPLING:
+            return self.by_unit(node, 1)
+        match kind:
+            case "conv1d" | "conv2d" | "conv3d":
+                return self.contract(node, 0, 1, _argument(node, 6, "groups", 1))
+            case "conv_transpose1d" | "conv_transpose2d" | "conv_transpose3d":
+                return self.contract(node, 1, 1, _argument(node, 6, "groups", 1))
+            case "linear":
+                return self.contract(node, 0, value.dim() - 1)
+            case "instance_norm" | "batch_norm" | "prelu":
+                return self.by_unit(node, 1, node.args[1:5])
+            case "layer_norm" if len(node.args[1]) == 1:
+                return self.by_unit(node, value.dim() - 1, node.args[2:4])
+            case "group_norm":
+                return self.group_norm(node)
+            case "mean" | "sum" | "amax":
+                return self.reduction(node)
+            case "cat" | "stack":
+                return self.joined(node, kind == "stack")
+            case "scaled_dot_product_attention" if _argument(node, 3, "attn_mask", None) is None:
+                return self.attention(node)
+            case "type_as":
+                return self.value(node.args[0])
+            case "_assert_tensor_metadata":
+                return None
         raise TransplantError(f"alignment cannot follow {node.target} in {_where(node)}")
 
     def value(self, node: fx.Node) -> torch.Tensor:
@@ -189,10 +210,10 @@ class _Tracer:
 
     # -- what meets --------------------------------------------------------------------------------------------------
 
-    def sign(self, slots: np.ndarray, numbers: np.ndarray | int) -> None:
-        """Units are alike if every operation gives them the same numbers."""
+    def mark(self, slots: np.ndarray, marks: np.ndarray | int) -> None:
+        """Note what an operation says of units: they are alike if they have the same marks of the same operations."""
         units = slots != FIXED
-        self.signs.append((slots[units], np.broadcast_to(numbers, slots.shape)[units]))
+        self.marks.append((slots[units], np.broadcast_to(marks, slots.shape)[units]))
 
     def tie(self, one: np.ndarray | torch.Tensor, other: np.ndarray | torch.Tensor) -> None:
         """Two values, of shapes that broadcast, meet entry by entry."""
@@ -206,7 +227,7 @@ class _Tracer:
             if (constant == FIXED).any():
                 same = tuple(axis for axis in range(units.ndim) if units.shape[axis] == 1)
                 meets = (constant == FIXED).any(axis=same, keepdims=True)
-                self.sign(np.where(meets, units, FIXED), np.arange(meets.size).reshape(meets.shape))
+                self.mark(np.where(meets, units, FIXED), np.arange(meets.size).reshape(meets.shape))
 
     def along(self, value: torch.Tensor, axis: int) -> np.ndarray:
         """The slots along an axis; all those at one place on it are tied, for one entry of a weight meets them."""
@@ -227,30 +248,75 @@ class _Tracer:
                 result = torch.where(result == FIXED, other, result)
         return result.expand(node.meta["val"].shape)
 
-    def scale(self, node: fx.Node, units: np.ndarray, weights: Sequence[fx.Node | None]) -> None:
-        """Scale, shift and statistics of a norm."""
-        for each in weights:
-            if each is not None:
-                self.tie(units, self.axis(self.weight(each, node), 0))
+    def by_unit(self, node: fx.Node, axis: int, weights: Sequence[fx.Node | None] = ()) -> torch.Tensor:
+        """Each unit for itself, as norms and pooling do, with its own entry of each weight."""
+        units = self.along(self.value(node.args[0]), axis)
+        for weight in weights:
+            if weight is not None:
+                self.tie(units, self.axis(self.weight(weight, node), 0))
+        return _spread(units, axis, node)
 
     def contract(self, node: fx.Node, makes: int, channel: int, groups: int = 1) -> torch.Tensor:
         """A weight whose axis `makes` makes the units on axis `channel` from those there that its other axis reads."""
-        data, weight, bias = node.args[0], self.weight(node.args[1], node), _argument(node, 2, "bias", None)
-        units = self.along(self.value(data), channel)
-        made, normed = self.axis(weight, makes), _meets_norm(node)
+        weight, bias = self.weight(node.args[1], node), _argument(node, 2, "bias", None)
+        units, made = self.along(self.value(node.args[0]), channel), self.axis(weight, makes)
         if groups == 1:
             self.tie(units, self.axis(weight, 1 - makes))
             weight.reads.add(1 - makes)
-            self.tap(data, channel, units)
+            self.tap(node.args[0], channel, units)
         elif groups == len(units) == len(made):  # depthwise: every unit by itself
             self.tie(units, made)
         else:
             raise TransplantError(f"alignment cannot follow {_where(node)}: a convolution in {groups} groups")
-        weight.free.append(normed)
+        weight.free.append(_meets_norm(node))
         if bias is not None:
-            self.scale(node, made, [bias])
-            self.weights[bias.name].idle.append(normed)
+            bias = self.weight(bias, node)
+            self.tie(made, self.axis(bias, 0))
+            bias.idle.append(_meets_norm(node))
         return _spread(made, channel, node)
+
+    def group_norm(self, node: fx.Node) -> torch.Tensor:
+        result, groups = self.by_unit(node, 1, node.args[2:4]), node.args[1]
+        if groups < result.shape[1]:  # else it is an instance norm
+            self.blocks.append(self.along(result, 1).reshape(groups, -1))
+        return result
+
+    def attention(self, node: fx.Node) -> torch.Tensor:
+        """Of queries, keys and values (batch, heads, tokens, n)."""
+        (heads, size), *more = {(each.meta["val"].shape[1], each.meta["val"].shape[3]) for each in node.args[:3]}
+        if more:
+            raise TransplantError(f"alignment cannot follow {_where(node)}: queries, keys and values differ in size")
+        slots = [self.along(self.value(each).transpose(1, 2).flatten(2), 2).reshape(heads, size)
+                 for each in node.args[:3]]
+        self.heads.append((*slots, node))
+        self.blocks.append(slots[2])
+        return torch.from_numpy(slots[2])[None, :, None].expand(node.meta["val"].shape)
+
+    def reduction(self, node: fx.Node) -> torch.Tensor:
+        """Over voxels a unit stays itself; over all units nothing is left of them."""
+        value = self.value(node.args[0])
+        axes = [axis % value.dim() for axis in _argument(node, 1, "dim", None) or range(value.dim())]
+        thin = _thin(value)
+        result = thin.amax(axes, keepdim=True)
+        if not bool((thin == result).all()):
+            others = [axis for axis in range(value.dim()) if axis not in axes]
+            if others and not bool((thin == thin.amax(others, keepdim=True)).all()):
+                raise TransplantError(f"alignment cannot follow {_where(node)}: it sums up some of the units")
+            result = torch.full_like(result, FIXED)
+        return result.expand([1 if axis in axes else size for axis, size in enumerate(value.shape)]).reshape(
+            node.meta["val"].shape)
+
+    def joined(self, node: fx.Node, stacked: bool) -> torch.Tensor:
+        shape = node.meta["val"].shape
+        axis = _argument(node, 1, "dim", 0) % len(shape)
+        parts = [self.value(part).unsqueeze(axis) if stacked else self.value(part) for part in node.args[0]]
+        thin = [_thin(part) for part in parts if part.numel()]
+        if thin[0].shape[axis] == 1 and all(torch.equal(part, thin[0]) and (part != FIXED).all() for part in thin):
+            return thin[0].expand(shape)  # tokens put together again: the same units everywhere
+        for other in range(len(shape)):
+            if other != axis and all(part.stride(other) == 0 for part in parts):
+                parts = [part.narrow(other, 0, 1) for part in parts]
+        return torch.cat(parts, axis).expand(shape)
 
     def tap(self, node: fx.Node, channel: int, units: np.ndarray) -> None:
         """Note the values that are read: as they were made, before pooling or concatenation."""
@@ -270,17 +336,17 @@ class _Tracer:
     def groups(self) -> dict[str, Group]:
         unit_of = self.units()
         places = self.places(unit_of)
-        signs = self.signs_of_units(unit_of)
+        marks = self.marks_of_units(unit_of)
         taps, heads, rigid = defaultdict(list), {}, set()
         for tap, slots in self.taps:
             taps[_units(unit_of, slots)].append(tap)
-        for queries, keys, values, node in self.attention:
+        for queries, keys, values, node in self.heads:
             heads[_units(unit_of, values)] = queries, keys, node
             rigid |= {*_units(unit_of, queries), *_units(unit_of, keys)}
         blocks = [[set(row) for row in unit_of[slots].tolist()] for slots in self.blocks]
         alike = defaultdict(list)
         for unit, at in places.items():
-            alike[tuple((weight.name, axis) for weight, axis, _ in at), signs[unit]].append(unit)
+            alike[tuple((weight, axis) for weight, axis, _ in at), marks.get(unit)].append(unit)
         found = {}
         for units in map(tuple, alike.values()):
             at = places[units[0]]
@@ -297,7 +363,7 @@ class _Tracer:
             if units in heads:
                 *both, node = heads[units]
                 segments += dict.fromkeys(segment for slots in both
-                                          for segment in _rigid(unit_of[slots], places, signs, node))
+                                          for segment in _rigid(unit_of[slots], places, marks, node))
             found[name] = Group(name, len(units), tuple(segments), tuple(dict.fromkeys(taps[units])),
                                 _block_count(units, blocks, name))
         return found
@@ -322,23 +388,21 @@ class _Tracer:
                         axes[axis] = rows[0]
                 if weight.axes or not axes:  # also the weight of a layer, or its units lie on no axis: they stay
                     for slots in (weight.entries.ravel(), *weight.axes.values()):
-                        self.sign(slots, np.arange(slots.size))
+                        self.mark(slots, np.arange(len(slots)))
             for axis, units in axes.items():
                 for index, unit in enumerate(units.tolist()):
                     places[unit].append((weight, axis, index))
         return places
 
-    def signs_of_units(self, unit_of: np.ndarray) -> dict[int, tuple[int, ...]]:
-        """Unit -> what the operations say of it."""
-        ends = np.cumsum([numbers.max(initial=-1) + 1 for _, numbers in self.signs])  # of the numbers of each operation
-        pairs = [unit_of[slots] * ends[-1] + end - 1 - numbers
-                 for (slots, numbers), end in zip(self.signs, ends, strict=True)]
-        signs = defaultdict(tuple)
-        units, said = np.divmod(np.unique(np.concatenate(pairs)), ends[-1])
-        starts = np.flatnonzero(np.diff(units, prepend=-1))
-        for start, stop in zip(starts, [*starts[1:], len(units)], strict=True):
-            signs[int(units[start])] = tuple(said[start:stop].tolist())
-        return signs
+    def marks_of_units(self, unit_of: np.ndarray) -> dict[int, tuple[int, ...]]:
+        """Unit -> all its marks, in numbers that no two operations share."""
+        ends = np.cumsum([marks.max(initial=-1) + 1 for _, marks in self.marks])
+        pairs = [unit_of[slots] * ends[-1] + end - 1 - marks
+                 for (slots, marks), end in zip(self.marks, ends, strict=True)]
+        units, marks = np.divmod(np.unique(np.concatenate(pairs)), ends[-1])
+        starts = np.flatnonzero(np.diff(units, prepend=-1)).tolist()
+        return {int(units[start]): tuple(marks[start:stop].tolist())
+                for start, stop in zip(starts, [*starts[1:], len(units)], strict=True)}
 
 
 def _units(unit_of: np.ndarray, slots: np.ndarray) -> tuple[int, ...]:
@@ -353,21 +417,19 @@ def _segment(weight: _Weight, axis: int, indices: Sequence[int], rigid: bool = F
                    bool(weight.free) and all(weight.free) and not reads, rigid)
 
 
-def _rigid(units: np.ndarray, places: Mapping[int, list[_Place]], signs: Mapping[int, tuple[int, ...]],
+def _rigid(units: np.ndarray, places: Mapping[int, list[_Place]], marks: Mapping[int, tuple[int, ...]],
            node: fx.Node) -> Iterator[Segment]:
-    """Of queries or keys (heads, n), which move by whole heads: so every head must be treated like the first."""
-    heads = [[([(weight.name, axis, index - head * len(row)) for weight, axis, index in places[unit]], signs[unit])
+    """Of queries or keys (heads, n), which move by whole heads: every head must be like the first."""
+    heads = [[([(weight, axis, index - head * len(row)) for weight, axis, index in places[unit]], marks.get(unit))
               for unit in row] for head, row in enumerate(units.tolist())]
     if heads.count(heads[0]) < len(heads):
         raise TransplantError(f"alignment cannot follow {_where(node)}: its heads differ")
-    lie = defaultdict(set)
-    weights = {}
+    indices = defaultdict(set)
     for unit in units.ravel().tolist():
         for weight, axis, index in places[unit]:
-            weights[weight.name] = weight
-            lie[weight.name, axis].add(index)
-    for (name, axis), indices in lie.items():
-        yield _segment(weights[name], axis, sorted(indices), rigid=True)
+            indices[weight, axis].add(index)
+    for (weight, axis), lie in indices.items():
+        yield _segment(weight, axis, sorted(lie), rigid=True)
 
 
 def _block_count(units: tuple[int, ...], divisions: Sequence[Sequence[set[int]]], name: str) -> int:
@@ -430,121 +492,17 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 # What the operations do
 
 _DROPOUT = {"dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"}
-_RESAMPLE = {f"{how}{dim}d" for dim in (1, 2, 3)
+_RESAMPLING = {f"{how}{dim}d" for dim in (1, 2, 3)
              for how in ("avg_pool", "max_pool", "adaptive_avg_pool", "upsample_nearest")
              } | {"upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"}
-_CARRY = _DROPOUT | _RESAMPLE | {"alias", "clone", "contiguous", "detach"}
+_CARRY = _DROPOUT | _RESAMPLING | {"alias", "clone", "contiguous", "detach"}
 _ENTRY_BY_ENTRY = _DROPOUT | {
     "add", "sub", "rsub", "mul", "div", "pow", "sqrt", "rsqrt", "neg", "abs", "exp", "sigmoid", "tanh", "relu",
     "leaky_relu", "elu", "gelu", "silu", "mish", "hardtanh", "hardsigmoid", "hardswish", "celu", "selu", "softplus",
     "relu6", "clamp", "maximum", "minimum", "to", "clone", "contiguous", "alias", "detach"}
-_STRUCTURAL = {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "slice", "select", "unbind", "chunk",
+_REARRANGING = {"view", "reshape", "permute", "transpose", "flatten", "unflatten", "slice", "select", "unbind", "chunk",
                "split", "split_with_sizes", "expand", "expand_as", "squeeze", "unsqueeze", "narrow", "movedim",
                "repeat", "t", "_unsafe_view", "unfold"}
-_Rule = Callable[[_Tracer, fx.Node], torch.Tensor]
-_RULES: dict[str, _Rule] = {}
-
-
-def _rule(*kinds: str) -> Callable[[_Rule], _Rule]:
-    def add(rule: _Rule) -> _Rule:
-        _RULES.update(dict.fromkeys(kinds, rule))
-        return rule
-    return add
-
-
-@_rule("conv1d", "conv2d", "conv3d")
-def _convolution(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    return tracer.contract(node, 0, 1, _argument(node, 6, "groups", 1))
-
-
-@_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _transposed(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    return tracer.contract(node, 1, 1, _argument(node, 6, "groups", 1))
-
-
-@_rule("linear")
-def _linear(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    return tracer.contract(node, 0, node.meta["val"].dim() - 1)
-
-
-@_rule("instance_norm", "batch_norm", "prelu")
-def _channel_norm(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    units = tracer.along(tracer.value(node.args[0]), 1)
-    tracer.scale(node, units, node.args[1:5])
-    return _spread(units, 1, node)
-
-
-@_rule("group_norm")
-def _group_norm(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    groups, units = node.args[1], tracer.along(tracer.value(node.args[0]), 1)
-    tracer.scale(node, units, node.args[2:4])
-    if groups < len(units):  # else it is an instance norm
-        tracer.blocks.append(units.reshape(groups, -1))
-    return _spread(units, 1, node)
-
-
-@_rule("layer_norm")
-def _layer_norm(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    if len(node.args[1]) != 1:
-        raise TransplantError(f"alignment cannot follow {_where(node)}: it normalises several axes at once")
-    axis = node.meta["val"].dim() - 1
-    units = tracer.along(tracer.value(node.args[0]), axis)
-    tracer.scale(node, units, node.args[2:4])
-    return _spread(units, axis, node)
-
-
-@_rule(*_RESAMPLE)
-def _resample(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    return _spread(tracer.along(tracer.value(node.args[0]), 1), 1, node)
-
-
-@_rule("mean", "sum", "amax")
-def _reduction(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    """Over voxels a unit stays itself; over all units nothing is left of them."""
-    value = tracer.value(node.args[0])
-    axes = [axis % value.dim() for axis in _argument(node, 1, "dim", None) or range(value.dim())]
-    thin = _thin(value)
-    result = thin.amax(axes, keepdim=True)
-    if not bool((thin == result).all()):
-        others = [axis for axis in range(value.dim()) if axis not in axes]
-        if others and not bool((thin == thin.amax(others, keepdim=True)).all()):
-            raise TransplantError(f"alignment cannot follow {_where(node)}: it sums up some of the units")
-        result = torch.full_like(result, FIXED)
-    return result.expand([1 if axis in axes else size for axis, size in enumerate(value.shape)]).reshape(
-        node.meta["val"].shape)
-
-
-@_rule("cat", "stack")
-def _joined(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    shape, axis = node.meta["val"].shape, _argument(node, 1, "dim", 0) % node.meta["val"].dim()
-    parts = [tracer.value(part) for part in node.args[0]]
-    if _kind(node) == "stack":
-        parts = [part.unsqueeze(axis) for part in parts]
-    thin = [_thin(part) for part in parts if part.numel()]
-    if thin[0].shape[axis] == 1 and all(torch.equal(part, thin[0]) and (part != FIXED).all() for part in thin):
-        return thin[0].expand(shape)  # tokens put together again: the same units everywhere
-    for other in range(len(shape)):
-        if other != axis and all(part.stride(other) == 0 for part in parts):
-            parts = [part.narrow(other, 0, 1) for part in parts]
-    return torch.cat(parts, axis).expand(shape)
-
-
-@_rule("scaled_dot_product_attention")
-def _attention(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    """Of queries, keys and values (batch, heads, tokens, n)."""
-    (heads, size), *more = {(value.meta["val"].shape[1], value.meta["val"].shape[3]) for value in node.args[:3]}
-    if more or _argument(node, 3, "attn_mask", None) is not None:
-        raise TransplantError(f"alignment cannot follow {_where(node)}: an attention of unequal heads, or with a mask")
-    queries, keys, values = (tracer.along(tracer.value(value).transpose(1, 2).flatten(2), 2).reshape(heads, size)
-                             for value in node.args[:3])
-    tracer.attention.append((queries, keys, values, node))
-    tracer.blocks.append(values)
-    return torch.from_numpy(values)[None, :, None].expand(node.meta["val"].shape)
-
-
-@_rule("type_as")
-def _type_as(tracer: _Tracer, node: fx.Node) -> torch.Tensor:
-    return tracer.value(node.args[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_transplant.alignment.activations import activation_similarity
-from nnunet_transplant.alignment.dual import Solve, aligned, match, zipped
+from nnunet_transplant.alignment.dual import Solver, aligned, match, zipped
 from nnunet_transplant.alignment.graph import input_shape, meta_network, trace, untrained_heads
 from nnunet_transplant.alignment.spec import Spec, derive
 from nnunet_transplant.alignment.weights import Network, moved, restricted
@@ -46,7 +46,7 @@ def network_spec(model: TrainedModel, trainer: type[nnUNetTrainer]) -> Spec:
     return derive(meta_network(model, trainer), input_shape(model, smallest=True))
 
 
-def put_together(given: Unaligned, calibration: Calibration | None, solve: Solve, alpha: float, seed: int,
+def put_together(given: Unaligned, calibration: Calibration | None, solver: Solver, alpha: float, seed: int,
                  pearson: bool = True, patience: int | None = None) -> Aligned:
     """Match the units of all models and move them. alpha: how much the weights say, 1 needs no volumes."""
     first = given.models[0]
@@ -60,7 +60,7 @@ def put_together(given: Unaligned, calibration: Calibration | None, solve: Solve
         if activations is None:
             activations = given.kept["activations"] = _activations(given, calibration, spec)
     options = {} if patience is None else {"patience": patience}
-    matching = match(spec, given.tensors, solve, alpha, activations, seed,
+    matching = match(spec, given.tensors, solver, alpha, activations, seed,
                      skip=untrained_heads(spec.program) if given.same_labels else heads, pearson=pearson,
                      progress=given.progress, **options)
     tensors = [moved(network, spec, matching.assignments, i) for i, network in enumerate(given.tensors)]

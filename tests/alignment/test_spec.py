@@ -1,7 +1,10 @@
 """The permutation spec on every architecture that nnU-Net builds: permuted as it says, a network gives the same output;
 with any one axis left out it does not."""
-from collections.abc import Callable, Iterator
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +20,16 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from factory import RESIDUAL, dataset_json, small_plans
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
-from torch import nn
+from torch import fx, nn
 
-from nnunet_transplant.alignment.spec import Group, Spec, derive, permute, segment_order
+from nnunet_transplant.alignment.graph import tensor_names
+from nnunet_transplant.alignment.spec import Group, derive, permute
 from nnunet_transplant.architecture import build_network, canonical_names
 from nnunet_transplant.errors import TransplantError
 
 CHANNELS, CLASSES = 2, 3  # no layer has so many units: axes of these sizes are inputs and outputs
 TOLERANCE = 1e-5          # relative, of every output
+Network = Mapping[str, torch.Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,46 +227,107 @@ class Permuted:
     """A network of random weights, its spec, and what it gives with other tensors."""
 
     def __init__(self, case: Case) -> None:
-        network = case.network()
+        self.network = case.network()
         image = torch.randn(1, CHANNELS, *case.shape, generator=torch.Generator().manual_seed(0))
-        self.spec = derive(network, image.shape)
-        self.network, self.image = with_random_weights(network), image.double()
+        self.spec = derive(self.network, image.shape)
+        with_random_weights(self.network)
         self.own = self.network.state_dict(keep_vars=True)
-        self.names = set(canonical_names(self.network).values())
-        self.tensors = {name: self.own[name].detach().clone() for name in self.names}
-        self.expected = self.outputs()
+        self.tensors = {name: self.own[name].detach().clone() for name in canonical_names(self.network).values()}
+        self.names = tensor_names(self.spec.program)
+        constants = {name: tensor.double() for name, tensor in self.spec.program.constants.items()}
+        self.image = image.double()
+        self.values: dict[fx.Node, Any] = {}
+        self.values = self.run(self.tensors | constants)
         rng = np.random.default_rng(2)
         self.permutations = {name: random_permutation(group, rng) for name, group in self.spec.groups.items()}
 
-    def outputs(self) -> list[torch.Tensor]:
-        with torch.no_grad():
-            result = self.network(self.image)
-        return list(result) if isinstance(result, (list, tuple)) else [result]
+    def run(self, tensors: Network) -> dict[fx.Node, Any]:
+        """The values in the network's graph that change with these tensors."""
+        values = {}
+        for node in self.spec.program.graph.nodes:
+            if node.op == "placeholder":
+                name = self.names.get(node.name)
+                if name in tensors or (name is None and not self.values):
+                    values[node] = self.image if name is None else tensors[name]
+            elif not self.values or any(before in values for before in node.all_input_nodes):
+                arguments = fx.node.map_arg(node.args, lambda before: values.get(before, self.values.get(before)))
+                if node.op == "output":
+                    values[node] = arguments[0]
+                elif "assert" not in node.name:  # of float32
+                    if str(node.target).split(".")[1].endswith("_"):  # in place: the value before is needed again
+                        arguments = arguments[0].clone(), *arguments[1:]
+                    values[node] = node.target(*arguments, **node.kwargs)
+        return values
 
-    def change(self, spec: Spec, **permutations: np.ndarray) -> float:
-        """Of the outputs, relative, by these permutations."""
-        changed = spec.by_tensor()
-        for name, tensor in permute(self.tensors, spec, permutations).items():
-            if name in changed:
-                self.own[name].data = tensor
-        outputs = self.outputs()
-        for name in changed:
-            self.own[name].data = self.tensors[name]
+    def change(self, outputs: Iterable[torch.Tensor]) -> float:
+        """Relative to what the network gives with its own tensors, the largest of all outputs."""
+        expected = next(reversed(self.values.values()))
         return max(float((one - other).abs().max() / other.abs().max())
-                   for one, other in zip(outputs, self.expected, strict=True))
+                   for one, other in zip(outputs, expected, strict=True))
+
+
+@functools.cache
+def permuted(name: str) -> Permuted:
+    return Permuted(CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_permuted_by_the_spec_the_output_is_the_same(name: str) -> None:
-    permuted = Permuted(CASES[name])
-    spec = permuted.spec
-    assert permuted.change(spec, **permuted.permutations) < TOLERANCE
+    case = permuted(name)
+    for each, tensor in permute(case.tensors, case.spec, case.permutations).items():
+        case.own[each].data = tensor
+    with torch.no_grad():
+        found = case.network(case.image)
+    for each, tensor in case.tensors.items():
+        case.own[each].data = tensor
+    assert case.change(found if isinstance(found, (list, tuple)) else [found]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_any_one_axis_left_out_it_is_not(name: str) -> None:
+    case = permuted(name)
     # an instance norm takes away the mean, and with it the bias that was added before
-    instance = any(isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for module in permuted.network.modules())
-    for group in spec.groups.values():
-        assert len(group.segments) > 1
+    instance = any(isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)) for module in case.network.modules())
+    for group in case.spec.groups.values():
         for segment in group.segments:
             others = tuple(other for other in group.segments if other is not segment)
-            less = replace(spec, groups={group.name: replace(group, segments=others)})
-            change = permuted.change(less, **{group.name: permuted.permutations[group.name]})
+            spec = replace(case.spec, groups={group.name: replace(group, segments=others)})
+            tensors = {each.tensor: case.tensors[each.tensor] for each in others}
+            values = case.run(permute(tensors, spec, case.permutations))
+            change = case.change(next(reversed(values.values())))
             assert (change < TOLERANCE) == (instance and not segment.counts), (group.name, segment, change)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_axis_is_accounted_for(name: str) -> None:
+    case = permuted(name)
+    groups = case.spec.groups.values()
+    places = Counter((segment.tensor, segment.axis, segment.start + index)
+                     for group in groups for segment in group.segments for index in range(group.size))
+    assert set(places.values()) == {1}
+    assert {tensor for tensor, _, _ in places} <= set(case.tensors)  # the last names of tied tensors
+    covered = Counter((tensor, axis) for tensor, axis, _ in places)
+    used = {case.names[node.name] for node in case.spec.program.graph.nodes if node.users and node.name in case.names}
+    for tensor in used & set(case.tensors):
+        shape = case.tensors[tensor].shape
+        axes = range(2) if tensor.endswith("weight") and len(shape) > 1 else range(len(shape))[:1]
+        for axis in axes:
+            assert shape[axis] - covered[tensor, axis] in (0, 1, CHANNELS, CLASSES), (tensor, axis)
+    for group in groups:
+        assert group.size % group.blocks == 0 and len(group.segments) > 1 and group.taps
+        for tap in group.taps:
+            node = next(node for node in case.spec.program.graph.nodes if node.name == tap.node)
+            assert node.meta["val"].shape[tap.axis] == group.size
+    lines = case.spec.text().splitlines()
+    assert len(lines) == len(groups) + sum(len(group.segments) for group in groups)
+    assert len({line for line in lines if line.startswith(" ")}) == len(lines) - len(groups)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_back_again_it_has_the_same_bits(name: str) -> None:
+    case = permuted(name)
+    there = permute(case.tensors, case.spec, case.permutations)
+    back = permute(there, case.spec, {group: np.argsort(order) for group, order in case.permutations.items()})
+    assert all(torch.equal(back[tensor], case.tensors[tensor]) for tensor in case.tensors)
+    moved = {segment.tensor for group in case.spec.groups.values() for segment in group.segments}
+    assert {tensor for tensor in there if not torch.equal(there[tensor], case.tensors[tensor])} == moved

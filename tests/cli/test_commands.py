@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from factory import base_network, run_command, small_plans, write_model
+from commands import fork_command
+from factory import base_network, small_plans, write_model
 
 COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "demo")
 
@@ -115,6 +116,6 @@ def test_the_installed_command_refuses_code_in_a_pickle(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     path = model / "fold_0" / "checkpoint_final.pth"
     torch.save(torch.load(path, weights_only=False) | {"more": print}, path)
-    done = run_command("nnunet_transplant_merge", "-m", model, "-o", tmp_path / "merged", expect=1)
+    done = fork_command("nnunet_transplant_merge", "-m", model, "-o", tmp_path / "merged", expect=1)
     assert "print, which can run code" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -1,11 +1,10 @@
 """nnunet_transplant_evaluate against nnU-Net's own validation of the same model, and its errors as a user sees them."""
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import fork_command
 from factory import run_command, write_planned_phantom
 from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region, load_summary_json
 
@@ -23,15 +22,15 @@ def models(nnunet: Path) -> dict[str, Path]:
 
 def train(root: Path, number: int, kind: str) -> Path:
     name = write_planned_phantom(root, number, kind, cases=6)
-    run_command("nnUNetv2_train", number, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
+    fork_command("nnUNetv2_train", number, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
     return root / "results" / name / f"{TRAINER}__nnUNetPlans__3d_fullres"
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_dice_is_that_of_nnunets_validation(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
     """Same model, same cases: once from the preprocessed data and once from the raw images."""
-    done = run_command("nnunet_transplant_evaluate", "-m", models[kind], "-d", NUMBERS[kind], "-f", 0,
-                       "-o", tmp_path / "out", "-device", "cpu")
+    done = fork_command("nnunet_transplant_evaluate", "-m", models[kind], "-d", NUMBERS[kind], "-f", 0,
+                        "-o", tmp_path / "out", "-device", "cpu")
     label = f"Dataset{NUMBERS[kind]}_Phantom__{TRAINER}"
     ours = load_summary_json(str(tmp_path / "out" / label / "summary.json"))
     stock = load_summary_json(str(models[kind] / "fold_0" / "validation" / "summary.json"))
@@ -51,15 +50,15 @@ def test_dice_is_that_of_nnunets_validation(models: dict[str, Path], kind: str, 
     assert table.startswith(done.stdout.partition("\nwrote ")[0].rstrip())  # and nothing of what nnU-Net prints
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["-d", "999"], "-d 999: Could not find a dataset with the ID 999"),
-    (["-d", "811", "-m", "no_such_model"], "there is no model folder no_such_model"),
+@pytest.mark.parametrize(("run", "arguments", "message"), [
+    (run_command, ["-d", "999"], "-d 999: Could not find a dataset with the ID 999"),
+    (fork_command, ["-d", "811", "-m", "no_such_model"], "there is no model folder no_such_model"),
 ])
-def test_errors_are_one_line(models: dict[str, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
-    program = Path(sys.executable).with_name("nnunet_transplant_evaluate")
-    done = subprocess.run([program, "-m", models["plain"], "-o", tmp_path / "out", "-device", "cpu", *arguments],
-                          capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 1 and done.stdout == ""
+def test_errors_are_one_line(models: dict[str, Path], tmp_path: Path, run: Callable, arguments: list[str],
+                             message: str) -> None:
+    done = run("nnunet_transplant_evaluate", "-m", models["plain"], "-o", tmp_path / "out", "-device", "cpu",
+               *arguments, expect=1)
+    assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr
     assert done.stderr.startswith("nnunet_transplant_evaluate: error: ")
     assert list(tmp_path.iterdir()) == []

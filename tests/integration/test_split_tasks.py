@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle, save_json
+from commands import fork_command
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
@@ -42,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setenv(f"nnUNet_{name}", str(root / name))
         patch.setenv("nnUNet_n_proc_DA", "2")
         write_parents(root / "raw")
-        nnunet("plan_and_preprocess", "-d", "4", "-c", "3d_fullres", "-npfp", "1", "-np", "1")
+        fork_command("nnUNetv2_plan_and_preprocess", "-d", 4, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
         stock_preprocessing(root, PARENT, "nnUNetPlans", root / "preprocessed" / PARENT, ("2d",))
         for name, transpose in ((REGIONS, [2, 0, 1]), (IGNORE, [0, 1, 2])):
             folder = root / "preprocessed" / name
@@ -55,12 +56,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             save_json(plans, str(folder / "nnUNetPlans.json"))
             stock_preprocessing(root, name, "nnUNetPlans", folder)
         yield root
-
-
-def nnunet(command: str, *args: str) -> None:
-    program = Path(sys.executable).with_name(f"nnUNetv2_{command}")
-    done = subprocess.run([program, *args], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def write_parents(raw: Path) -> None:
@@ -306,7 +301,7 @@ def test_command_and_nnunet_on_its_result(scratch: Path, tmp_path: Path) -> None
     shutil.copytree(folder / "nnUNetPlans_3d_fullres", ours)
     images = {file.name: file.read_bytes()
               for file in (scratch / "preprocessed" / PARENT / "nnUNetPlans_3d_fullres").iterdir()}
-    nnunet("preprocess", "-d", "901", "-c", "3d_fullres", "-np", "1")
+    fork_command("nnUNetv2_preprocess", "-d", 901, "-c", "3d_fullres", "-np", 1)
     assert_same_cases(ours, folder / "nnUNetPlans_3d_fullres")
     assert images == {file.name: file.read_bytes()
                       for file in (scratch / "preprocessed" / PARENT / "nnUNetPlans_3d_fullres").iterdir()}

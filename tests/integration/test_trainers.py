@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from factory import run_command, write_narrow_plans
+from commands import fork_command
+from factory import write_narrow_plans
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import build_network
@@ -31,7 +32,9 @@ class NotInstalled:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, NotInstalled())
-from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor as Predictor, predict_entry_point_modelfolder
+# in one process, for which the command has no flag
+Predictor.predict_from_files = lambda self, source, output, **_: self.predict_from_files_sequential(source, output)
 images, output, *models = sys.argv[1:]
 for number, model in enumerate(models):
     sys.argv = ["", "-i", images, "-o", f"{output}/{number}", "-m", model, "-f", "0", "-device", "cpu", "-npp", "1",
@@ -46,7 +49,7 @@ def root(nnunet: Path) -> Path:
     for dataset, configuration, kind in ((PLAIN, "3d_fullres", "plain"), (REGIONS, "2d", "regions_ignore")):
         number = int(dataset[7:10])
         write_phantom_dataset(nnunet / "raw" / dataset, 6, "A", seed=number, labels=kind, shape=(24, 26, 28))
-        run_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", 1, "-npfp", 1)
+        fork_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", configuration, "-np", 1, "-npfp", 1)
         write_narrow_plans(nnunet / "preprocessed" / dataset / "nnUNetPlans.json", configuration)
     add_plans(nnunet / "preprocessed" / PLAIN)
     return nnunet
@@ -62,7 +65,7 @@ def add_plans(folder: Path) -> None:
 
 
 def train(dataset: str, configuration: str, trainer: str, *args: object, plans: str = "nnUNetPlans") -> Path:
-    run_command("nnUNetv2_train", dataset, configuration, 0, "-tr", trainer, "-p", plans, "-device", "cpu", *args)
+    fork_command("nnUNetv2_train", dataset, configuration, 0, "-tr", trainer, "-p", plans, "-device", "cpu", *args)
     return Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{plans}__{configuration}"
 
 
@@ -140,5 +143,5 @@ def test_residual_encoders(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_base_stops_the_command(root: Path) -> None:
-    done = run_command("nnUNetv2_train", PLAIN, "3d_fullres", 1, "-tr", TASK, "-device", "cpu", "--c", expect=1)
+    done = fork_command("nnUNetv2_train", PLAIN, "3d_fullres", 1, "-tr", TASK, "-device", "cpu", "--c", expect=1)
     assert "the weights are still random: start it with -pretrained_weights" in done.stderr

@@ -236,12 +236,15 @@ def test_polishing_brings_the_merged_model_nearer_to_the_ensemble(tmp_path: Path
 
 
 def test_polishing_the_ensemble_itself_changes_next_to_nothing(tmp_path: Path) -> None:
-    calibration, joined = opened([write_model(tmp_path / "m", LABELS, plans=PLANS)])
+    """What is left are the roundings of the ensemble's logits to half precision."""
+    folders = [write_model(tmp_path / str(seed), LABELS, plans=PLANS, seed=seed) for seed in range(2)]
+    calibration, joined = opened(folders[:1])
     merged = mean_of(calibration)
     polished = polish(calibration, joined, merged, 10, 1e-3)
-    assert loss_of(calibration, joined, polished, False) < 1e-6
+    other = mean_of(opened(folders[1:])[0])
+    assert loss_of(calibration, joined, polished, False) < 1e-3 * loss_of(calibration, joined, other, False)
     for name, tensor in merged.items():
-        assert float((polished[name] - tensor).abs().max()) < 2e-3, name
+        assert float((polished[name] - tensor).abs().max()) < 5.5e-3, name  # ten steps of 0.001 and less, at most
 
 
 def test_polishing_keeps_types(tmp_path: Path) -> None:
@@ -256,7 +259,7 @@ def test_polishing_keeps_types(tmp_path: Path) -> None:
 def test_polishing_that_diverges_is_refused(same: list[Path]) -> None:
     calibration, joined = opened(same)
     with pytest.raises(TransplantError, match="smaller -polish_lr"):
-        polish(calibration, joined, mean_of(calibration), 5, 1e38)
+        polish(calibration, joined, mean_of(calibration), 5, 1e30)
 
 
 def test_noise_is_polished_away(tmp_path: Path) -> None:

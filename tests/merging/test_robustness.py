@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factory import base_network, run_command, small_plans, write_model
+from commands import fork_command
+from factory import base_network, small_plans, write_model
 
 from nnunet_transplant.merging import METHODS
 
@@ -63,7 +64,7 @@ def test_of_two_commands_at_once_one_wins_whole(tmp_path: Path) -> None:
     provenance = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert provenance["folds"]["all"]["method"] == ("average", "ties")[winner]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "merged"]
-    run_command("nnunet_transplant_merge", "-m", tmp_path / "merged", "-o", tmp_path / "again")
+    fork_command("nnunet_transplant_merge", "-m", tmp_path / "merged", "-o", tmp_path / "again")
 
 
 @pytest.fixture(scope="module")

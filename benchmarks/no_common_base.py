@@ -1,0 +1,128 @@
+"""What alignment does to the loss, with the models that folds.py trained:
+
+    python benchmarks/no_common_base.py WORK documentation
+
+The loss barrier along the line between two folds, before and after alignment (figure), and two tasks that share no base
+(Anterior and Posterior, each from its own random weights): Dice and cross-entropy of every task by itself and of both
+together, and MuDSC's scaled performance (L - L_0) / (L_1 - L_0) (Eq. 9), L_1 the expert's loss, L_0 that of always
+predicting the classes' frequencies. On the patches of the test cases, side by side.
+"""
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from folds import ALL, DATASET, TASKS, WHOLE
+from steps import Steps
+
+from nnunet_transplant.heads import join, merged_dataset_json
+from nnunet_transplant.merging import MergedModel, Recipe, Volumes, merge_groups
+from nnunet_transplant.merging.calibration import IGNORED, Calibration, open_calibration
+from nnunet_transplant.model_folder import TrainedModel, open_models
+from nnunet_transplant.plotting import save_barrier_figure
+
+LOOK = Volumes([4], 6, f"train:{ALL}")
+TEST = Volumes([4], 40, f"val:{ALL}")
+METHODS = {"average": {}, "rebasin": {}, "activation_align": {}, "mudsc_align": {}, "weight_zip": {}, "zipit": {},
+           "mudsc_zip": {}}
+
+
+def recipe(method: str, **more: object) -> Recipe:
+    return Recipe(method, volumes=LOOK if method not in ("average", "rebasin", "weight_zip") else None, **more)
+
+
+def opened(models: list[TrainedModel]) -> Calibration:
+    """The test patches, for models merged with equal weights."""
+    joined = join(models, [1 / len(models)] * len(models))
+    return open_calibration(TEST, models, merged_dataset_json(models[0], joined), {}, models[0].trainer, progress=True)
+
+
+def canonical(merged: MergedModel, like: TrainedModel) -> dict[str, torch.Tensor]:
+    return {name: merged.weights[name] for name in like.layout.names}
+
+
+def predicted(test: Calibration, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (rows, voxels) and labels (voxels) of all test patches."""
+    network = test.merged_network(tensors)
+    logits, labels = [], []
+    with torch.no_grad():
+        for patch in test.patches:
+            target = test.targets([patch])[0].flatten()
+            logits.append(network(test.images([patch]))[0].flatten(1)[:, target != IGNORED])
+            labels.append(target[target != IGNORED])
+    return torch.cat(logits, 1), torch.cat(labels)
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Cross-entropy in nats."""
+    return float(torch.nn.functional.cross_entropy(logits.T, labels))
+
+
+def frequency_loss(labels: torch.Tensor) -> float:
+    frequencies = torch.bincount(labels) / len(labels)
+    return float(-(frequencies * frequencies.clamp(min=1e-12).log()).sum())
+
+
+def dice(logits: torch.Tensor, labels: torch.Tensor, row: int) -> float:
+    found, there = logits.argmax(0) == row, labels == row
+    return float(2 * (found & there).sum() / (found.sum() + there.sum()))
+
+
+def barrier(run: Steps, figure: Path) -> None:
+    folder = run.model(DATASET, WHOLE)
+    models = [open_models(folder, [fold])[0] for fold in ("0", "1")]
+    test = opened(models)
+    test = replace(test, patches=test.patches[::4])
+    positions = [step / 8 for step in range(9)]
+    losses = {}
+    for method in ("average", "rebasin", "activation_align", "mudsc_align"):
+        losses[method] = []
+        for position in positions:
+            merged = merge_groups([[model] for model in models], recipe(method, weights=[1 - position, position]))["all"]
+            losses[method].append(loss(*predicted(test, canonical(merged, models[0]))))
+        print(f"{method}: " + " ".join(f"{value:.4f}" for value in losses[method]), flush=True)
+    names = {"average": "not aligned"}
+    save_barrier_figure(positions, {names.get(name, name): values for name, values in losses.items()}, figure)
+
+
+def tasks(run: Steps) -> None:
+    models = [open_models(run.model(f"Dataset{number}_{name}", WHOLE), [str(ALL)])[0]
+              for number, name in TASKS.items()]
+    test = opened(models)
+    expert = []
+    for model in models:
+        logits, labels = predicted(opened([model]), model.tensors())
+        expert.append((loss(logits, labels), frequency_loss(labels), dice(logits, labels, 1)))
+    rows = {"experts": {f"{name} Dice": expert[i][2] for i, name in enumerate(TASKS.values())}}
+    for method in METHODS:
+        merged = merge_groups([[model] for model in models], recipe(method), progress=True)["all"]
+        logits, labels = predicted(test, canonical(merged, models[0]))
+        row = {}
+        for i, name in enumerate(TASKS.values()):
+            alone, of_task = logits[[0, i + 1]], (labels == i + 1).long()
+            row[f"{name} Dice"] = dice(alone, of_task, 1)
+            row[f"{name} L_SP"] = (loss(alone, of_task) - expert[i][1]) / (expert[i][0] - expert[i][1])
+        row["joint Dice"] = sum(dice(logits, labels, i + 1) for i in range(len(TASKS))) / len(TASKS)
+        rows[method] = row
+        print(method, row, flush=True)
+    print(pd.DataFrame(rows).T.round(3).to_string())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder that folds.py has filled")
+    parser.add_argument("figures", type=Path, help="folder for barrier.png")
+    parser.add_argument("-part", choices=("barrier", "tasks"), nargs="+", default=["barrier", "tasks"])
+    args = parser.parse_args()
+    run = Steps(args.work)
+    os.environ.update(run.environment)
+    if "barrier" in args.part:
+        barrier(run, args.figures / "barrier.png")
+    if "tasks" in args.part:
+        tasks(run)
+
+
+if __name__ == "__main__":
+    main()

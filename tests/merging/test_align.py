@@ -1,0 +1,567 @@
+"""Merging models with no common base: their units are put together first, then they are merged."""
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from factory import base_network, small_plans, write_model, write_volumes
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from permuted import (
+    LABELS,
+    assert_close,
+    canonical,
+    image_of,
+    logits,
+    network_of,
+    noisy,
+    permuted,
+    plans_of,
+    spec_of,
+    tensors_of,
+    write,
+)
+
+from nnunet_transplant.alignment.weights import moved
+from nnunet_transplant.cli import merge as command
+from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.merging import METHODS, Recipe, Volumes, merge_folders, merge_shared, write_merge, write_shared
+from nnunet_transplant.merging.repeat import read_merge
+from nnunet_transplant.model_folder import open_models, open_theta_0
+
+METHODS_THAT_ALIGN = [name for name, method in METHODS.items() if method.align]
+WITH_ALPHA = [name for name in METHODS_THAT_ALIGN if any(p.name == "alpha" for p in METHODS[name].parameters)]
+TASKS = {"background": 0, "three": 1}
+HEADS = ("decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias", "decoder.seg_layers.1.weight",
+         "decoder.seg_layers.1.bias")
+VOLUMES = Volumes([501], 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def raw(nnunet: Path) -> Path:
+    """Volumes of one patch in 3d, 16 in 2d."""
+    return write_volumes(nnunet / "raw", "Dataset501_Boxes", LABELS, cases=2, shape=(16, 16, 16))
+
+
+@cache
+def original(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    return tensors_of(network_of(plans_of(kind), seed=seed), canonical(plans_of(kind)))
+
+
+def copied(kind: str, seed: int, noise: float = 0.0) -> dict[str, torch.Tensor]:
+    return noisy(permuted(original(kind), spec_of(plans_of(kind)), seed), noise, seed)
+
+
+def folders(tmp_path: Path, kind: str, *tensors: dict[str, torch.Tensor], labels: dict = LABELS) -> list[Path]:
+    return [write(tmp_path / f"{kind}_{i}", plans_of(kind), each, labels) for i, each in enumerate(tensors)]
+
+
+def volumes_for(method: str) -> Volumes | None:
+    return VOLUMES if METHODS[method].needs_data else None
+
+
+def merged(models: Sequence[Path], method: str, volumes: Volumes | None = None, weights: Sequence[float] | None = None,
+           **parameters: object) -> dict[str, torch.Tensor]:
+    recipe = Recipe(method, weights, parameters, volumes=volumes or volumes_for(method))
+    return merge_folders(models, recipe=recipe)["all"].weights
+
+
+def says(kind: str, state: dict[str, torch.Tensor], labels: dict = LABELS) -> torch.Tensor:
+    return logits(plans_of(kind), labels, state, image_of(plans_of(kind)))
+
+
+@cache
+def patches(cases: int = 2) -> torch.Tensor:
+    """The volumes (2, 1, 16, 16, 16) as the small plans preprocess them: nothing but z-scored."""
+    folder = Path(os.environ["nnUNet_raw"]) / "Dataset501_Boxes" / "imagesTr"
+    arrays = [SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / f"case_{i}_0000.nii.gz")))
+              for i in range(cases)]
+    return torch.from_numpy(np.stack([(a - a.mean()) / a.std() for a in arrays])[:, None].astype(np.float32))
+
+
+@cache
+def label_maps(cases: int = 2) -> np.ndarray:
+    folder = Path(os.environ["nnUNet_raw"]) / "Dataset501_Boxes" / "labelsTr"
+    return np.stack([SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folder / f"case_{i}.nii.gz")))
+                     for i in range(cases)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies in another order
+
+@pytest.mark.parametrize("kind", ["plain3d", "plain2d", "residual2d"])
+@pytest.mark.parametrize("method", METHODS_THAT_ALIGN)
+def test_merged_with_its_permuted_copy_a_model_does_what_it_did(tmp_path: Path, method: str, kind: str) -> None:
+    result = merged(folders(tmp_path, kind, copied(kind, 1), original(kind)), method)
+    assert_close(says(kind, result), says(kind, original(kind)))
+    # in the units of the first model
+    for name, tensor in copied(kind, 1).items():
+        if "zip" not in method:
+            torch.testing.assert_close(result[name], tensor)
+
+
+def test_without_alignment_it_would_not(tmp_path: Path) -> None:
+    models = folders(tmp_path, "plain2d", copied("plain2d", 1), original("plain2d"))
+    with pytest.raises(AssertionError):
+        assert_close(says("plain2d", merged(models, "average")), says("plain2d", original("plain2d")), 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_ALIGN)
+def test_either_order_of_two_models_gives_one_function(tmp_path: Path, method: str) -> None:
+    models = folders(tmp_path, "plain2d", original("plain2d"), copied("plain2d", 1, 0.05))
+    one, other = (says("plain2d", merged(each, method)) for each in (models, models[::-1]))
+    assert_close(one, other)
+    assert_close(one, says("plain2d", original("plain2d")), 0.5)  # near to where both come from
+
+
+@pytest.mark.parametrize("method", WITH_ALPHA)
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_alpha_at_its_ends_is_one_space_alone(tmp_path: Path, method: str, alpha: float) -> None:
+    """0: the activations' match; 1: a match by weights alone finds a copy, too."""
+    kind = "plain2d"
+    models = folders(tmp_path, kind, original(kind), original(kind, 1))
+    if alpha == 0:
+        same = merged(models, {"mudsc_align": "activation_align", "mudsc_zip": "zipit"}[method])
+        found = merged(models, method, alpha=alpha)
+        assert all(torch.equal(found[name], same[name]) for name in same)
+    models = folders(tmp_path / "copies", kind, original(kind), copied(kind, 2))
+    assert_close(says(kind, merged(models, method, alpha=alpha)), says(kind, original(kind)))
+
+
+@pytest.mark.parametrize("method", ["rebasin", "activation_align", "mudsc_align"])
+@pytest.mark.parametrize("to", ["first", "mean"])
+def test_copies_are_put_into_the_first_ones_units(tmp_path: Path, method: str, to: str) -> None:
+    kind = "plain2d"
+    models = [copied(kind, seed) for seed in (1, 2, 3)]
+    result = merged(folders(tmp_path, kind, *models), method, to=to)
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(result[name], tensor)
+
+
+def test_models_of_half_precision_stay_halves(tmp_path: Path) -> None:
+    kind = "plain2d"
+    models = [{name: tensor.half() for name, tensor in each.items()} for each in (original(kind), copied(kind, 1))]
+    for method in METHODS_THAT_ALIGN:
+        result = merged(folders(tmp_path / method, kind, *models), method)
+        assert all(tensor.dtype == torch.float16 for tensor in result.values())
+        assert_close(says(kind, result), says(kind, models[0]), 1e-3)
+
+
+def test_weights_and_what_comes_then(tmp_path: Path) -> None:
+    """After the match the models are merged by any method, of permuted models as of those they were."""
+    kind = "plain2d"
+    plans, spec = plans_of(kind), spec_of(plans_of(kind))
+    theta_0 = original(kind)
+    other = noisy(theta_0, 0.05, 7)
+    base = write(tmp_path / "base", plans, theta_0)
+    straight = folders(tmp_path / "straight", kind, noisy(theta_0, 0.05, 8), other)
+    twisted = folders(tmp_path / "twisted", kind, noisy(theta_0, 0.05, 8), permuted(other, spec, 3))
+    for then, parameters in (("average", {}), ("ties", {"density": 0.4}), ("slerp", {})):
+        weights = [0.3, 0.7] if then != "ties" else [1.0, 0.5]
+        recipe = Recipe(then, weights, parameters)
+        expected = merge_folders(straight, base=base, recipe=recipe)["all"].weights
+        recipe = Recipe("rebasin", weights, {"then": then, **parameters})
+        found = merge_folders(twisted, base=base, recipe=recipe)["all"]
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found.weights[name], tensor, rtol=1e-4, atol=1e-6)
+        assert found.provenance["parameters"]["then"] == then
+
+
+def test_what_is_held_back_is_the_first_models_base(tmp_path: Path) -> None:
+    kind = "plain2d"
+    models = folders(tmp_path, kind, original(kind), copied(kind, 1, 0.05))
+    base = write(tmp_path / "base", plans_of(kind), noisy(original(kind), 0.1, 3))
+    recipe = Recipe("rebasin", keep_base_for=["encoder.stages.0.*"])
+    found = merge_folders(models, base=base, recipe=recipe)["all"].weights
+    kept = "decoder.encoder.stages.0.0.convs.0.all_modules.0.weight"
+    assert torch.equal(found[kept], open_theta_0(base)[kept])
+    with pytest.raises(TransplantError, match="after an alignment: give the base of the first model with -base"):
+        merge_folders(models, recipe=recipe)
+
+
+def test_tasks_keep_their_own_rows_of_the_head(tmp_path: Path) -> None:
+    """Bodies that are one but for the order of their units: every structure scores as it does in its own model."""
+    kind = "plain2d"
+    plans = plans_of(kind)
+    second = original(kind) | {name: tensor for name, tensor in tensors_of(
+        network_of(plans, TASKS, seed=5), canonical(plans, TASKS)).items() if name in HEADS}
+    twisted = permuted(second, spec_of(plans, TASKS), 3)
+    models = [write(tmp_path / "a", plans, original(kind)), write(tmp_path / "b", plans, twisted, TASKS)]
+    labels = {"background": 0, "one": 1, "two": 2, "three": 3}
+    a, b = says(kind, original(kind)), says(kind, second, TASKS)
+    expected = torch.stack([torch.zeros_like(a[:, 0]), a[:, 1] - a[:, 0], a[:, 2] - a[:, 0], b[:, 1] - b[:, 0]], 1)
+    for method in METHODS_THAT_ALIGN:
+        model = merge_folders(models, recipe=Recipe(method, volumes=volumes_for(method)))["all"]
+        assert model.dataset_json["labels"] == labels
+        assert_close(says(kind, model.weights, labels), expected)
+
+
+def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
+    kind = "plain2d"
+    models = folders(tmp_path, kind, original(kind), original(kind, 1))
+    for method in METHODS_THAT_ALIGN:
+        written = []
+        for again in ("one", "two"):
+            output = tmp_path / f"{method}_{again}"
+            write_merge(merge_folders(models, recipe=Recipe(method, volumes=volumes_for(method))), output)
+            written.append(content(output))
+        assert written[0] == written[1]
+        found = json.loads(written[0]["merge.json"])["folds"]["all"]["found"]
+        assert set(found) == {"alpha", "similarity", "sweeps"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_folds_are_models_too(tmp_path: Path) -> None:
+    """Two folds of one model and one of another, equal copies all: every method merges them."""
+    kind = "plain2d"
+    both = write(tmp_path / "both", plans_of(kind), original(kind))
+    write(both, plans_of(kind), copied(kind, 1), fold="1")
+    one = write(tmp_path / "one", plans_of(kind), copied(kind, 2))
+    for method in METHODS_THAT_ALIGN:
+        assert_close(says(kind, merged([both, one], method)), says(kind, original(kind)))
+
+
+PRIMUS = """
+from dynamic_network_architectures.architectures.primus import Primus
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class nnUNetTrainerTinyPrimus(nnUNetTrainer):
+    @staticmethod
+    def build_network_architecture(plans_manager, configuration_manager, num_input_channels, num_output_channels,
+                                   enable_deep_supervision=True):
+        return Primus(num_input_channels, 24, (8, 8, 8), num_output_channels, 2, 2, configuration_manager.patch_size,
+                      init_values=0.1, scale_attn_inner=True)
+"""
+
+
+def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Primus comes from its trainer and takes inputs of the patch size only. Of other labels it is refused."""
+    (tmp_path / "trainers").mkdir()
+    (tmp_path / "trainers" / "nnUNetTrainerTinyPrimus.py").write_text(PRIMUS)
+    monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path / 'trainers'}{os.pathsep}{os.environ['nnUNet_extTrainer']}")
+    from nnunet_transplant.alignment.spec import derive
+    from nnunet_transplant.architecture import build_network, canonical_names, find_trainer
+    trainer = find_trainer("nnUNetTrainerTinyPrimus")
+    plans = small_plans(3)
+
+    def network(rows: int, seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return build_network(plans, "3d_fullres", {"channel_names": {"0": "MRI"}, "labels": LABELS}, trainer, rows)
+
+    def folder(name: str, state: dict[str, torch.Tensor], labels: dict = LABELS) -> Path:
+        model = write_model(tmp_path / name, labels, plans=plans)
+        path = model / "fold_0" / "checkpoint_final.pth"
+        torch.save(torch.load(path, weights_only=False) | {
+            "trainer_name": "nnUNetTrainerTinyPrimus", "network_weights": state}, path)
+        return model
+    one = network(3, 0)
+    names = canonical_names(one)
+    state = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in one.state_dict().items()
+             if names[name] == name}
+    spec = derive(network(3, 0), (1, 1, 16, 16, 16))
+    assert any(group.blocks > 1 for group in spec.groups.values())
+    image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def out(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        one.load_state_dict({name: tensors[to] for name, to in names.items()})
+        with torch.no_grad():
+            return one.eval()(image)
+    twisted = permuted(state, spec, 1)
+    expected = out(state)
+    assert_close(out(twisted), expected)
+    models = [folder(name, {alias: tensors[to] for alias, to in names.items()})
+              for name, tensors in (("a", state), ("b", twisted))]
+    for method in METHODS_THAT_ALIGN:
+        assert_close(out(merged(models, method)), expected)
+    other = folder("c", network(2, 1).state_dict(), TASKS)
+    with pytest.raises(TransplantError):
+        merged([models[0], other], "rebasin")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Searching alpha, and polishing
+
+def plain_dice(said: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.mean([2 * ((said == row) & (truth == row)).sum() / ((said == row).sum() + (truth == row).sum())
+                          for row in (1, 2)]))
+
+
+@pytest.mark.parametrize("method", WITH_ALPHA)
+@pytest.mark.parametrize("search", ["agreement", "dice"])
+def test_the_search_takes_the_best_alpha(tmp_path: Path, method: str, search: str) -> None:
+    kind = "plain3d"
+    tensors = [original(kind, seed) for seed in (0, 3)]
+    models = folders(tmp_path, kind, *tensors)
+
+    def mean_said(*states: dict[str, torch.Tensor]) -> np.ndarray:
+        return sum(logits(plans_of(kind), LABELS, state, patches()) for state in states).argmax(1).numpy()
+    truth = label_maps() if search == "dice" else mean_said(*tensors)
+    found = merge_folders(models, recipe=Recipe(method, parameters={"search": search}, volumes=VOLUMES))["all"]
+    searched = found.provenance["found"]["searched"]
+    assert list(searched) == ["0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1"]
+    scores, states = {}, {}
+    for alpha in searched:
+        states[alpha] = merged(models, method, alpha=float(alpha))
+        scores[alpha] = plain_dice(mean_said(states[alpha]), truth)
+        # the ensemble is kept in half precision: a voxel may fall to the other side
+        assert searched[alpha] == pytest.approx(scores[alpha], abs=1e-6 if search == "dice" else 2e-3)
+    assert len(set(scores.values())) > 1
+    best = max(searched, key=searched.get)
+    assert float(best) == found.provenance["found"]["alpha"]
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in states[best].items())
+
+
+def test_a_search_scores_batch_norms_with_their_own_statistics(tmp_path: Path) -> None:
+    """What is scored is what is written."""
+    kind = "batch3d"
+    models = folders(tmp_path, kind, original(kind), original(kind, 3))
+    found = merge_folders(models, recipe=Recipe("mudsc_align", parameters={"search": "dice"}, volumes=VOLUMES))["all"]
+    searched = found.provenance["found"]["searched"]
+    said = logits(plans_of(kind), LABELS, found.weights, patches()).argmax(1).numpy()
+    assert searched[f"{found.provenance['found']['alpha']:g}"] == pytest.approx(plain_dice(said, label_maps()), abs=1e-6)
+
+
+@pytest.fixture
+def merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """nnunet_transplant_merge in this process: what it says on stderr."""
+    def merge(output: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["nnunet_transplant_merge", "-o", str(tmp_path / output),
+                                          *map(str, arguments)])
+        try:
+            command.main()
+        except SystemExit as leave:
+            assert leave.code == 1
+        captured = capsys.readouterr()
+        merge.out = captured.out
+        return captured.err
+    return merge
+
+
+def test_a_merge_that_searched_and_polished_repeats_byte_for_byte(tmp_path: Path, merge: Callable) -> None:
+    kind = "plain3d"
+    models = folders(tmp_path, kind, original(kind), original(kind, 3))
+    options = ["-d", "501", "-n_cases", "2"]
+    for name, more in (("searched", ["-method", "mudsc_align", "-search", "agreement", "-to", "mean", *options]),
+                       ("zipped", ["-method", "zipit", "-decay", "0.9", "-budget", "0", "-polish", "3", *options]),
+                       ("polished", ["-method", "rebasin", "-polish", "2", "-polish_lr", "0.0003", *options]),
+                       ("rebased", ["-method", "rebasin", "-weights", "0.4", "0.6", "-seed", "5"])):
+        assert merge(name, "-m", *models, *more) == ""
+        recipe = read_merge(tmp_path / name).recipe
+        assert recipe.method == more[1] and (recipe.polish, recipe.polish_lr) == {
+            "zipped": (3, 1e-3), "polished": (2, 3e-4)}.get(name, (0, 1e-3))
+        assert merge(f"{name}_again", "-from", tmp_path / name) == ""
+        assert content(tmp_path / f"{name}_again") == content(tmp_path / name)
+    record = json.loads((tmp_path / "searched" / "merge.json").read_text())["folds"]["all"]
+    assert record["parameters"]["search"] == "agreement" and len(record["found"]["searched"]) == 11
+    # another method with the volumes and the polishing of before
+    assert merge("other", "-from", tmp_path / "zipped", "-method", "average") == ""
+    assert read_merge(tmp_path / "other").recipe.polish == 3
+
+
+def test_polishing_any_merge(tmp_path: Path) -> None:
+    kind = "plain2d"
+    models = folders(tmp_path, kind, original(kind), noisy(original(kind), 0.05, 1))
+    plain = merge_folders(models, recipe=Recipe())["all"].weights
+    polished = merge_folders(models, recipe=Recipe(volumes=VOLUMES, polish=2))["all"]
+    assert polished.provenance["polish"] == 2 and polished.provenance["volumes"]["n_cases"] == 2
+    assert 0 < float((polished.weights[HEADS[2]] - plain[HEADS[2]]).abs().max()) <= 2.1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharing a part
+
+def two_tasks(tmp_path: Path, kind: str) -> tuple[list[Path], list[dict[str, torch.Tensor]]]:
+    """Models of two tasks with their own decoders, whose encoders are one but for the order of their units."""
+    plans = plans_of(kind)
+    own = tensors_of(network_of(plans, TASKS, seed=5), canonical(plans, TASKS))
+    own |= {name: tensor for name, tensor in original(kind).items() if name.startswith("decoder.encoder.")}
+    states = [original(kind), permuted(own, spec_of(plans, TASKS), 3)]
+    return [write(tmp_path / "Dataset901_A" / "m", plans, states[0], axes=(0, 1)),
+            write(tmp_path / "Dataset902_B" / "m", plans, states[1], TASKS, axes=(1,))], states
+
+
+@pytest.mark.parametrize("kind", ["plain2d", "residual3d"])
+@pytest.mark.parametrize("method", METHODS_THAT_ALIGN)
+def test_one_encoder_for_two_tasks(tmp_path: Path, method: str, kind: str) -> None:
+    """Where the encoders do the same, each model does what it did."""
+    models, states = two_tasks(tmp_path, kind)
+    recipe = Recipe(method, volumes=volumes_for(method), share=["encoder.*"])
+    shared = merge_shared([open_models(model) for model in models], recipe)
+    assert list(shared) == ["Dataset901_A_fold_0", "Dataset902_B_fold_0"]
+    one, other = shared.values()
+    assert one.dataset_json["labels"] == LABELS and other.dataset_json["labels"] == TASKS
+    assert one.mirroring_axes == (0, 1) and other.mirroring_axes == (1,)
+    assert_close(says(kind, one.weights), says(kind, states[0]))
+    assert_close(says(kind, other.weights, TASKS), says(kind, states[1], TASKS))
+    names = canonical(plans_of(kind))
+    for name in names:
+        if ".encoder." in name or name.startswith("encoder."):
+            assert torch.equal(one.weights[name], other.weights[name])
+    for model, state in ((one, states[0]), (other, states[1])):
+        for name in set(names.values()):
+            # of its own: what reads the encoder has its inputs in another order, the rest is untouched
+            if not name.startswith("decoder.encoder."):
+                reads = "transpconvs.0.weight" in name or ("stages" in name and "all_modules.0.weight" in name)
+                mine, before = model.weights[name], state[name]
+                assert torch.equal(*(tensor.flatten().sort().values for tensor in (mine, before))) if reads \
+                    else torch.equal(mine, before)
+
+
+def test_what_models_keep_reads_the_units_as_they_are_merged(tmp_path: Path) -> None:
+    """ZipIt!'s partial zip, of encoders that differ: shared tensors are the paper's merged ones, the models' own have
+    the inputs of joined units added up."""
+    kind = "plain2d"
+    plans = plans_of(kind)
+    networks = [original(kind), original(kind, 1)]
+    models = folders(tmp_path, kind, *networks)
+    recipe = Recipe("zipit", parameters={"budget": 1.0}, volumes=VOLUMES, share=["encoder.*"])
+    shared = list(merge_shared([open_models(model) for model in models], recipe).values())
+    whole = spec_of(plans)
+    encoder = {name: group for name, group in whole.groups.items() if "encoder" in name}
+    # the assignments, found out again from what each model's decoder reads
+    last = "decoder.transpconvs.0.weight"
+    group, = (group for name, group in encoder.items() if any(s.tensor == last for s in group.segments))
+    for n, model in enumerate(shared):
+        before, after = networks[n][last].flatten(1), model.weights[last].flatten(1)
+        solved = torch.linalg.lstsq(before.T, after.T).solution.T  # after = U^T before
+        assignment = solved.T.round()
+        torch.testing.assert_close(solved.T, assignment, rtol=0, atol=1e-3)
+        assert bool((assignment.sum(1) == 1).all()) and set(assignment.unique().tolist()) <= {0.0, 1.0}
+        if n == 0:
+            counts = assignment.sum(0)
+        else:
+            counts += assignment.sum(0)
+    assert float(counts.sum()) == 2 * group.size and bool((counts >= 1).all())
+    assert float(counts.max()) > 2 or float(counts.min()) < 2  # some units were joined with units of their own model
+    for name in shared[0].weights:
+        if "encoder." in name:
+            assert torch.equal(shared[0].weights[name], shared[1].weights[name])
+
+
+def test_shared_models_are_ordinary_model_folders(tmp_path: Path, merge: Callable) -> None:
+    kind = "plain2d"
+    models, states = two_tasks(tmp_path, kind)
+    assert merge("out", "-m", *models, "-method", "rebasin", "-share", "encoder.*", "*transpconvs.0*") == ""
+    output = tmp_path / "out"
+    names = ["Dataset901_A_fold_0", "Dataset902_B_fold_0"]
+    assert sorted(path.name for path in output.iterdir()) == [*names, "merge.json"]
+    assert all(str(output / name) in merge.out for name in names)
+    image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    for name, model in zip(names, models, strict=True):
+        predicted = []
+        for folder, fold in ((output / name, "all"), (model, "0")):
+            predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=False)
+            predictor.initialize_from_trained_model_folder(str(folder), (fold,))
+            predicted.append(predictor.predict_logits_from_preprocessed_data(image).float())
+        if model is models[0]:  # B's transposed convolution is merged with A's, which is another one
+            assert predicted[0].shape == predicted[1].shape
+        assert predicted[0].shape[0] == len((LABELS, TASKS)[models.index(model)])
+    # each repeats the whole of it
+    assert merge("again", "-from", output / names[1]) == ""
+    assert content(tmp_path / "again") == content(output)
+    assert "already exists" in merge("out", "-m", *models, "-method", "rebasin", "-share", "encoder.*")
+    assert merge("out", "-m", *models, "-method", "rebasin", "-share", "encoder.*", "--overwrite") == ""
+    assert sorted(path.name for path in output.iterdir()) == [*names, "merge.json"]
+
+
+def test_two_models_of_one_name_are_written_both(tmp_path: Path) -> None:
+    kind = "plain2d"
+    models = [write(tmp_path / part / "Dataset901_A" / "m", plans_of(kind), original(kind)) for part in "ab"]
+    shared = merge_shared([open_models(model) for model in models], Recipe("rebasin", share=["encoder.*"]))
+    write_shared(shared, tmp_path / "out")
+    assert len(shared) == 2 and all((tmp_path / "out" / name / "plans.json").is_file() for name in shared)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+def test_show_spec_prints_every_group(tmp_path: Path, merge: Callable) -> None:
+    kind = "residual3d"
+    model, = folders(tmp_path, kind, original(kind))
+    assert merge("nothing", "-m", model, "--show_spec") == ""
+    spec = spec_of(plans_of(kind))
+    lines = merge.out.splitlines()
+    for name, group in spec.groups.items():
+        at = lines.index(f"{name}: {group.size} units")
+        for segment in group.segments:
+            assert any(segment.tensor in line and f"axis {segment.axis}, {segment.start} to "
+                       f"{segment.start + group.size - 1}" in line for line in lines[at + 1:at + 1 + len(group.segments)])
+    assert len(lines) == len(spec.groups) + sum(len(group.segments) for group in spec.groups.values())
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_what_cannot_be_aligned_is_refused_in_one_line(tmp_path: Path, merge: Callable, raw: Path) -> None:
+    kind = "plain2d"
+    a, b = folders(tmp_path, kind, original(kind), copied(kind, 1))
+    wide = plans_of(kind)
+    wide["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 12]
+    other = write_model(tmp_path / "wide", LABELS, plans=wide)
+    volumes = ["-d", "501"]
+    for arguments, message in (
+            (["-m", a, "-f", "0", "-method", "rebasin"], "needs at least two"),
+            (["-m", a, b, "-method", "mudsc_align"], "needs volumes to look at: give -d"),
+            (["-m", a, b, "-method", "zipit"], "needs volumes to look at: give -d"),
+            (["-m", a, b, "-method", "mudsc_zip", "-search", "dice"], "needs volumes to look at: give -d"),
+            (["-m", a, b, "-method", "mudsc_align", *volumes, "-alpha", "1.5"], "-alpha must lie between 0 and 1"),
+            (["-m", a, b, "-method", "mudsc_align", *volumes, "-alpha", "nan"], "-alpha must lie between 0 and 1"),
+            (["-m", a, b, "-method", "weight_zip", "-budget", "-1"], "-budget must lie between 0 and 1"),
+            (["-m", a, b, "-method", "rebasin", "-then", "ties"], "-then ties after an alignment: give the base"),
+            (["-m", a, b, "-method", "rebasin", "-then", "regmean"], "regmean needs volumes"),
+            (["-m", a, b, "-method", "rebasin", "-alpha", "0.5"], "has no -alpha"),
+            (["-m", a, b, "-method", "weight_zip", "-weights", "0.3", "0.7"], "leave out -weights"),
+            (["-m", a, b, "-method", "weight_zip", "-then", "ties"], "has no -then"),
+            (["-m", a, b, "-method", "average", *volumes], "looks at no volumes"),
+            (["-m", a, b, "-method", "rebasin", "-share", "nowhere.*"], "-share nowhere.* matches no tensor"),
+            (["-m", a, b, "-share", "encoder.*"], "-share works with methods that align"),
+            (["-m", a, b, "-method", "rebasin", "-share", "encoder.*", "-polish", "3", *volumes], "without -polish"),
+            (["-m", a, b, "-polish", "3"], "-polish needs volumes"),
+            (["-m", a, b, *volumes, "-polish", "-3"], "-polish"),
+            (["-m", a, b, *volumes, "-polish", "3", "-polish_lr", "-1"], "-polish_lr"),
+            (["-m", a, b, *volumes, "-polish", "3", "-polish_lr", "nan"], "-polish_lr"),
+            (["-m", a, b, *volumes, "-polish", "3", "-polish_lr", "1e39"], "-polish_lr"),
+            (["-m", a, b, "-method", "mudsc_align", "-d", "502"], "502"),
+            (["--show_spec"], "give the models to merge with -m")):
+        error = merge("out", *arguments)
+        assert message in error and error.count("\n") == 1, (arguments, error)
+        assert not (tmp_path / "out").exists()
+    error = merge("out", "-m", a, other, "-method", "rebasin")  # a table of what differs
+    assert "cannot merge; they differ in" in error and "16" in error and "12" in error and "Traceback" not in error
+    for then in ("rebasin", "magic"):
+        with pytest.raises(TransplantError, match=then):
+            merge_folders([a, b], recipe=Recipe("rebasin", parameters={"then": then}))
+    with pytest.raises(TransplantError, match="not one of all"):
+        merge_folders([a, b], recipe=Recipe("rebasin", share=["encoder.*"]))
+    with pytest.raises(TransplantError, match="search"):
+        merge_folders([a, b], recipe=Recipe("rebasin", parameters={"search": "dice"}))
+
+
+def test_labels_are_needed_for_dice_only(tmp_path: Path, raw: Path) -> None:
+    kind = "plain2d"
+    models = folders(tmp_path, kind, original(kind), original(kind, 1))
+    write_volumes(raw.parent, "Dataset503_Unlabelled", LABELS, cases=1, shape=(8, 16, 16))
+    next((raw.parent / "Dataset503_Unlabelled" / "labelsTr").iterdir()).unlink()
+    recipe = {search: Recipe("mudsc_align", parameters={"search": search}, volumes=Volumes([503]))
+              for search in ("dice", "agreement")}
+    with pytest.raises(TransplantError, match="without labels"):
+        merge_folders(models, recipe=recipe["dice"])
+    assert merge_folders(models, recipe=recipe["agreement"])["all"].provenance["found"]["searched"]
+
+
+def test_nan_is_named(tmp_path: Path) -> None:
+    kind = "plain2d"
+    broken = copied(kind, 1)
+    name = "decoder.stages.0.convs.0.all_modules.0.weight"
+    broken[name][0, 0, 0, 0] = float("nan")
+    models = folders(tmp_path, kind, original(kind), broken)
+    for method in METHODS_THAT_ALIGN:
+        with pytest.raises(TransplantError, match=f"NaN or Inf in {name}"):
+            merged(models, method)

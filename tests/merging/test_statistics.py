@@ -1,0 +1,157 @@
+"""Running statistics of batch norms after a merge."""
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from factory import write_volumes
+from permuted import (
+    LABELS,
+    assert_close,
+    canonical,
+    image_of,
+    logits,
+    network_of,
+    permuted,
+    plans_of,
+    spec_of,
+    tensors_of,
+    write,
+)
+
+from nnunet_transplant.data.cases import Cases
+from nnunet_transplant.merging import METHODS, Recipe, merge_folders
+from nnunet_transplant.merging.calibration import Calibration, Patch, Volumes
+from nnunet_transplant.merging.statistics import has_running_statistics, recomputed
+from nnunet_transplant.model_folder import open_models
+
+PLANS = plans_of("batch2d")
+FIRST = "decoder.encoder.stages.0.0.convs.0.all_modules"
+VOLUMES = Volumes([501], 2)
+
+
+def calibration_of(folder: Path, images: Sequence[torch.Tensor]) -> Calibration:
+    model = open_models(folder)[0]
+    patches = [Patch(image, None, Cases("Dataset001_X", {}, {})) for image in images]
+    return Calibration([model], [model.tensors()], model.dataset_json, {}, model.trainer, patches, Volumes([1]))
+
+
+def images_of(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 16, 16, generator=generator) * (i + 1) + 3 * i for i in range(count)]
+
+
+def plain_statistics(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of what a convolution makes of all patches."""
+    made = torch.nn.functional.conv2d(inputs.double(), weight.double(), bias.double(), padding=1)
+    return made.mean((0, 2, 3)).numpy(), made.var((0, 2, 3)).numpy()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "m", PLANS, tensors_of(network_of(PLANS), canonical(PLANS)))
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_the_first_norm_gets_the_statistics_of_the_patches(folder: Path, count: int) -> None:
+    """Of one batch of two they are those of its voxels, of several the mean over the batches, which is what a batch
+    norm is to expect of a batch."""
+    calibration, images = calibration_of(folder, images_of(count)), images_of(count)
+    tensors = calibration.tensors[0]
+    network = calibration.network(0)
+    found = recomputed(calibration, network)
+    layer = tensors[f"{FIRST}.0.weight"], tensors[f"{FIRST}.0.bias"]
+    batches = [plain_statistics(torch.stack(images[i:i + 2]), *layer) for i in range(0, count, 2)]
+    mean, var = (np.mean(each, axis=0) for each in zip(*batches, strict=True))
+    np.testing.assert_allclose(mean, plain_statistics(torch.stack(images), *layer)[0])
+    np.testing.assert_allclose(found[f"{FIRST}.1.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[f"{FIRST}.1.running_var"], var, rtol=1e-4)
+    assert set(found) == {name for name in canonical(PLANS).values() if "running" in name}
+    assert not network.training
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in open_models(folder)[0].tensors().items())
+
+
+def test_every_norm_gets_the_statistics_of_what_it_meets(folder: Path) -> None:
+    """With those of its own batch each makes mean 0 and variance 1 of it."""
+    images = images_of(2)
+    calibration = calibration_of(folder, images)
+    network = calibration.network(0)
+    found = recomputed(calibration, network)
+    network.load_state_dict({name: (calibration.tensors[0] | found)[to] for name, to in canonical(PLANS).items()})
+    checked = 0
+
+    def check(norm: torch.nn.BatchNorm2d, inputs: object, output: torch.Tensor) -> None:
+        nonlocal checked
+        plain = (output - norm.bias[:, None, None]) / norm.weight[:, None, None]
+        channels = plain.shape[1]
+        # a batch norm in training divides by n where its running variance divides by n - 1: layer by layer they differ
+        torch.testing.assert_close(plain.mean((0, 2, 3)), torch.zeros(channels), rtol=0, atol=0.02)
+        torch.testing.assert_close(plain.var((0, 2, 3)), torch.ones(channels), rtol=0, atol=0.05)
+        checked += 1
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_hook(check)
+    with torch.no_grad():
+        network(torch.stack(images))
+    assert checked == 5
+
+
+def test_only_batch_norms_have_running_statistics() -> None:
+    assert has_running_statistics(list(canonical(PLANS)))
+    assert not has_running_statistics(list(canonical(plans_of("plain2d"))))
+
+
+@pytest.fixture(scope="module")
+def models(nnunet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model with batch norms and its copy in another order."""
+    write_volumes(nnunet / "raw", "Dataset501_Boxes", LABELS, cases=2, shape=(8, 16, 16))
+    folder = tmp_path_factory.mktemp("batch")
+    tensors = tensors_of(network_of(PLANS), canonical(PLANS))
+    return {"original": write(folder / "original", PLANS, tensors),
+            "copy": write(folder / "copy", PLANS, permuted(tensors, spec_of(PLANS), 1))}
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.align])
+def test_merged_with_its_permuted_copy_a_model_does_what_it_did(models: dict[str, Path], method: str) -> None:
+    """With volumes: what it did with the running statistics of these, each model's taken anew before."""
+    original = open_models(models["original"])[0]
+    state = original.tensors()
+    merged = merge_folders(list(models.values()), recipe=Recipe(method, volumes=VOLUMES))["all"].weights
+    folded = merge_folders([models["original"]] * 2, recipe=Recipe(method, volumes=VOLUMES))["all"].weights
+    image = image_of(PLANS)
+    assert_close(logits(PLANS, LABELS, merged, image), logits(PLANS, LABELS, folded, image))
+    for name, tensor in state.items():  # moved or not: the weights of a model merged with itself
+        if "running" not in name:
+            torch.testing.assert_close(folded[name], tensor)
+    assert not torch.equal(folded[f"{FIRST}.1.running_mean"], state[f"{FIRST}.1.running_mean"])
+    assert torch.equal(folded[f"{FIRST}.1.num_batches_tracked"], state[f"{FIRST}.1.num_batches_tracked"])
+
+
+@pytest.mark.parametrize("method", ["rebasin", "weight_zip"])
+def test_without_volumes_the_running_statistics_move_with_their_units(models: dict[str, Path], method: str) -> None:
+    merged = merge_folders(list(models.values()), recipe=Recipe(method))["all"].weights
+    image = image_of(PLANS)
+    original = open_models(models["original"])[0].weights
+    assert_close(logits(PLANS, LABELS, merged, image), logits(PLANS, LABELS, original, image))
+
+
+def test_the_merged_network_gets_statistics_of_its_own(models: dict[str, Path], tmp_path: Path) -> None:
+    """Of models that differ the mean of the statistics fits nothing."""
+    other = write(tmp_path / "other", PLANS, tensors_of(network_of(PLANS, seed=5), canonical(PLANS)))
+    merged = merge_folders([models["original"], other], recipe=Recipe("activation_align", volumes=VOLUMES))["all"]
+    layer = merged.weights[f"{FIRST}.0.weight"], merged.weights[f"{FIRST}.0.bias"]
+    images = preprocessed(0) + preprocessed(1)
+    batches = [plain_statistics(torch.stack(images[i:i + 2]), *layer) for i in range(0, len(images), 2)]
+    mean, var = (np.mean(each, axis=0) for each in zip(*batches, strict=True))
+    np.testing.assert_allclose(merged.weights[f"{FIRST}.1.running_mean"], mean, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(merged.weights[f"{FIRST}.1.running_var"], var, rtol=1e-3, atol=1e-4)
+
+
+def preprocessed(case: int) -> list[torch.Tensor]:
+    """The slices of a volume as the small plans want them: nothing but z-scored."""
+    path = Path(os.environ["nnUNet_raw"]) / "Dataset501_Boxes" / "imagesTr" / f"case_{case}_0000.nii.gz"
+    volume = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))).astype(np.float32)
+    return list(torch.from_numpy((volume - volume.mean()) / volume.std())[:, None])
