@@ -80,7 +80,8 @@ def barrier(run: Steps, figure: Path) -> None:
     for method in ("average", "rebasin", "activation_align", "mudsc_align"):
         losses[method] = []
         for position in positions:
-            merged = merge_groups([[model] for model in models], recipe(method, weights=[1 - position, position]))["all"]
+            weighted = recipe(method, weights=[1 - position, position])
+            merged = merge_groups([[model] for model in models], weighted)["all"]
             losses[method].append(loss(*predicted(test, canonical(merged, models[0]))))
         print(f"{method}: " + " ".join(f"{value:.4f}" for value in losses[method]), flush=True)
     names = {"average": "not aligned"}

@@ -11,6 +11,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
 
 def fork_command(name: str, *args: object, expect: int = 0) -> subprocess.CompletedProcess:
     """As factory.run_command, for tests of what a command does rather than of how it starts: its entry point in a fork
@@ -45,19 +47,22 @@ def _call(name: str, args: list[str], environment: dict[str, str], folder: str, 
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(start_method, force=True)
-    _make_nnunet_quick()
+    pools_of_threads(pytest.MonkeyPatch())
+    _draw_fewer_intensities()
     sys.argv = [name, *args]
-    (command,) = importlib.metadata.entry_points(group="console_scripts", name=name)
+    command, *_ = importlib.metadata.entry_points(group="console_scripts", name=name)
     sys.exit(command.load()())
 
 
-def _make_nnunet_quick() -> None:
-    """Its pools as threads, which import nothing again; and 10,000 intensities of each image for the fingerprint,
-    where it draws 10^8 in all from however few voxels."""
+def pools_of_threads(patch: pytest.MonkeyPatch) -> None:
+    """For nnU-Net: its processes import torch again, and to list the files of a folder it starts twelve."""
+    patch.setattr(SpawnContext, "Pool", staticmethod(ThreadPool))
+    patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
+
+
+def _draw_fewer_intensities() -> None:
+    """10,000 of each image for the fingerprint. nnU-Net draws 10^8 in all, from however few voxels."""
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-    from nnunetv2.utilities import utils
-    SpawnContext.Pool = staticmethod(ThreadPool)
-    utils.Pool = ThreadPool
     collect = DatasetFingerprintExtractor.collect_foreground_intensities
     DatasetFingerprintExtractor.collect_foreground_intensities = staticmethod(
         lambda segmentation, images, num_samples: collect(segmentation, images, num_samples=10_000))

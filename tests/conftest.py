@@ -2,16 +2,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import pools_of_threads
 
 from nnunet_transplant.environment import ext_trainer_value
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_processes() -> Iterator[None]:
-    """Commands started by tests share few cores."""
+    """Tests and the commands that they start share few cores."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "PASSIVE"}.items():
             patch.setenv(name, value)
+        pools_of_threads(patch)
         yield
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -127,12 +126,11 @@ def base_network(labels: dict | None = None, plans: dict | None = None, seed: in
     return random_network(plans or small_plans(), dataset_json(labels or {"background": 0, "all": 1}), seed)
 
 
-def write_planned_phantom(root: Path, number: int, kind: str = "plain", cases: int = 5,
-                          run: Callable = fork_command) -> str:
+def write_planned_phantom(root: Path, number: int, kind: str = "plain", cases: int = 5) -> str:
     """A raw phantom dataset, preprocessed by nnU-Net's command and planned narrow; returns its name."""
     name = f"Dataset{number}_Phantom"
     write_phantom_dataset(root / "raw" / name, cases, "A", seed=number, labels=kind, shape=(24, 28, 36))
-    run("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
+    fork_command("nnUNetv2_plan_and_preprocess", "-d", number, "-c", "3d_fullres", "-npfp", 1, "-np", 1)
     write_narrow_plans(root / "preprocessed" / name / "nnUNetPlans.json", "3d_fullres")
     return name
 

@@ -110,6 +110,27 @@ def test_of_two_writers_of_one_folder_one_wins_whole(tmp_path: Path) -> None:
     assert [file.name for file in path.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_is_replaced_again_at_once_leaves_no_earlier_one(tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the last rename and the clean-up another writer has moved the new folder aside."""
+    path, aside = tmp_path / "folder", tmp_path / f".folder.old.{os.getppid()}.tmp"
+    path.mkdir()
+    (path / "earlier").touch()
+    rename = os.rename
+
+    def rename_and_lose(source: Path, target: Path) -> None:
+        rename(source, target)
+        if target == path:
+            rename(path, aside)
+
+    with monkeypatch.context() as patch, checkpoint.atomic_path(path, replace=True) as temporary:
+        patch.setattr(os, "rename", rename_and_lose)
+        temporary.mkdir()
+        (temporary / "mine").touch()
+    assert list(tmp_path.iterdir()) == [aside]  # what the other one puts back, or removes
+    assert [file.name for file in aside.iterdir()] == ["mine"]
+
+
 def test_a_killed_writer_leaves_nothing_after_the_next(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     code = ("import sys, time\nfrom pathlib import Path\nfrom nnunet_transplant.checkpoint import atomic_path\n"

@@ -10,7 +10,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import fx, nn
 
-from nnunet_transplant.architecture import build_network
+from nnunet_transplant.architecture import build_network, changes_network
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.model_folder import TrainedModel
 
@@ -35,8 +35,9 @@ def trace(network: nn.Module, shape: Sequence[int]) -> Any:
 
 
 def meta_network(model: TrainedModel, trainer: type[nnUNetTrainer]) -> nn.Module:
-    """A model's network, heads of deep supervision included, without its weights."""
-    with torch.device("meta"):
+    """A model's network, heads of deep supervision included, without its weights: on the meta device, unless a trainer
+    builds it, for it may hold constants that it computes when it is made (Primus its positions)."""
+    with torch.device("cpu" if changes_network(trainer) else "meta"):
         return build_network(model.plans, model.configuration, model.dataset_json, trainer)
 
 

@@ -122,7 +122,8 @@ class _Tracer:
         self.marks: list[tuple[np.ndarray, np.ndarray]] = []  # of one operation: slots, and the mark of each
         self.blocks: list[np.ndarray] = []                    # (blocks, n): slots
         self.heads: list[tuple] = []                          # queries, keys, values (heads, n): slots; the node
-        self.taps: list[tuple[Tap, np.ndarray]] = []
+        self.made: list[tuple[Tap, np.ndarray]] = []          # the values that layers make, and those they read
+        self.read: list[tuple[Tap, np.ndarray]] = []
 
     def run(self) -> None:
         for node in self.program.graph.nodes:
@@ -260,6 +261,7 @@ class _Tracer:
         """A weight whose axis `makes` makes the units on axis `channel` from those there that its other axis reads."""
         weight, bias = self.weight(node.args[1], node), _argument(node, 2, "bias", None)
         units, made = self.along(self.value(node.args[0]), channel), self.axis(weight, makes)
+        self.made.append((Tap(node.name, channel), made))
         if groups == 1:
             self.tie(units, self.axis(weight, 1 - makes))
             weight.reads.add(1 - makes)
@@ -276,9 +278,9 @@ class _Tracer:
         return _spread(made, channel, node)
 
     def group_norm(self, node: fx.Node) -> torch.Tensor:
-        result, groups = self.by_unit(node, 1, node.args[2:4]), node.args[1]
-        if groups < result.shape[1]:  # else it is an instance norm
-            self.blocks.append(self.along(result, 1).reshape(groups, -1))
+        result = self.by_unit(node, 1, node.args[2:4])
+        if not _norms_units(node):
+            self.blocks.append(self.along(result, 1).reshape(node.args[1], -1))
         return result
 
     def attention(self, node: fx.Node) -> torch.Tensor:
@@ -328,8 +330,8 @@ class _Tracer:
                 units = units[size:]
         elif kind in _CARRY:
             self.tap(node.args[0], channel, units)
-        elif node.op == "call_function" and (units != FIXED).all():
-            self.taps.append((Tap(node.name, channel), units))
+        elif node.op == "call_function":
+            self.read.append((Tap(node.name, channel), units))
 
     # -- what was found ----------------------------------------------------------------------------------------------
 
@@ -337,9 +339,11 @@ class _Tracer:
         unit_of = self.units()
         places = self.places(unit_of)
         marks = self.marks_of_units(unit_of)
-        taps, heads, rigid = defaultdict(list), {}, set()
-        for tap, slots in self.taps:
-            taps[_units(unit_of, slots)].append(tap)
+        read, heads, rigid = defaultdict(list), {}, set()
+        for tap, slots in self.read:
+            read[_units(unit_of, slots)].append(tap)
+        made = {_units(unit_of, slots): [tap] for tap, slots in self.made}  # where no value read is theirs alone
+        taps = made | read
         for queries, keys, values, node in self.heads:
             heads[_units(unit_of, values)] = queries, keys, node
             rigid |= {*_units(unit_of, queries), *_units(unit_of, keys)}
@@ -462,11 +466,17 @@ def _constant(node: fx.Node) -> torch.Tensor:
     return torch.full(tuple(node.meta["val"].shape), FIXED)
 
 
+def _norms_units(node: fx.Node) -> bool:
+    """Whether it takes away each unit's own scale and shift."""
+    return _kind(node) in ("instance_norm", "batch_norm") or (
+        _kind(node) == "group_norm" and node.args[1] == node.meta["val"].shape[1])
+
+
 def _meets_norm(node: fx.Node) -> bool:
     """Whether all that becomes of a value is that a norm takes away each unit's scale and shift."""
     while len(node.users) == 1:
         node = next(iter(node.users))
-        if _kind(node) in ("instance_norm", "batch_norm"):
+        if _norms_units(node):
             return True
         if _kind(node) not in _DROPOUT:
             break

@@ -12,6 +12,7 @@ from nnunet_transplant.alignment.dual import Solver, aligned, match, zipped
 from nnunet_transplant.alignment.graph import input_shape, meta_network, trace, untrained_heads
 from nnunet_transplant.alignment.spec import Spec, derive
 from nnunet_transplant.alignment.weights import Network, moved, restricted
+from nnunet_transplant.architecture import changes_network
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging.calibration import Calibration
 from nnunet_transplant.merging.registry import METHODS, SEED, Method, Parameter, WeightsRule, any_weights, register
@@ -43,16 +44,18 @@ class Aligned:
 
 def network_spec(model: TrainedModel, trainer: type[nnUNetTrainer]) -> Spec:
     """The permutation spec of a model's network, heads of deep supervision included."""
-    return derive(meta_network(model, trainer), input_shape(model, smallest=True))
+    # a trainer's own network, such as Primus, may take inputs of the patch size only
+    return derive(meta_network(model, trainer), input_shape(model, smallest=not changes_network(trainer)))
 
 
 def put_together(given: Unaligned, calibration: Calibration | None, solver: Solver, alpha: float, seed: int,
                  pearson: bool = True, patience: int | None = None) -> Aligned:
     """Match the units of all models and move them. alpha: how much the weights say, 1 needs no volumes."""
     first = given.models[0]
-    spec = network_spec(first, given.trainer)
-    if given.shared is not None:
-        spec = restricted(spec, given.shared)
+    spec = given.kept.get("spec")
+    if spec is None:
+        spec = network_spec(first, given.trainer)
+        spec = given.kept["spec"] = spec if given.shared is None else restricted(spec, given.shared)
     heads = frozenset(first.layout.heads)
     activations = None
     if alpha < 1:
@@ -70,7 +73,8 @@ def put_together(given: Unaligned, calibration: Calibration | None, solver: Solv
 def _activations(given: Unaligned, calibration: Calibration, spec: Spec) -> dict[str, np.ndarray]:
     first = given.models[0]
     program = trace(meta_network(first, given.trainer), input_shape(first))
-    networks = [{name: tensor.to(calibration.device) for name, tensor in tensors.items()} for tensors in given.tensors]
+    networks = [{name: tensor.float().to(calibration.device) for name, tensor in tensors.items()}
+                for tensors in given.tensors]
     patches = calibration.bar(calibration.patches, "activations")
     return activation_similarity(spec, program, networks, (calibration.images([patch]) for patch in patches))
 

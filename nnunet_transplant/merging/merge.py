@@ -166,6 +166,8 @@ class _Work:
         self.weights = [weight / len(group) for weight, group in zip(group_weights, groups, strict=True) for _ in group]
         self.group_of = [index for index, group in enumerate(groups) for _ in group]
         if self.method is not self.then:
+            if recipe.weights is None and "then" not in self.settings:  # a zip: all models count the same, folds too
+                self.weights = [1 / len(models)] * len(models)
             self.method.weights_rule.check(self.weights)
         self.check_data()
         check_mergeable(models, same_base=self.method.align is None)
@@ -200,9 +202,8 @@ class _Work:
 
     def merge(self) -> dict[str, torch.Tensor]:
         """The merged tensors, by canonical name."""
-        merged = self.merged(self.aligned()) if self.settings.get("search", "no") == "no" else self.searched()
-        if self.method.align is not None and self.calibration is not None and has_running_statistics(list(merged)):
-            merged = merged | recomputed(self.calibration, self.calibration.merged_network(merged))
+        merged = self.with_statistics(self.merged(self.aligned())) if self.settings.get("search", "no") == "no" \
+            else self.searched()
         if self.recipe.fit_head:
             merged = fit_head(self.calibration, self.joined, merged)
         if self.recipe.polish:
@@ -237,13 +238,19 @@ class _Work:
             self.found |= seen.found
         return body | heads
 
+    def with_statistics(self, merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """With running statistics of its own, where models that were aligned have batch norms and there are volumes."""
+        if self.method.align is None or self.calibration is None or not has_running_statistics(list(merged)):
+            return merged
+        return merged | recomputed(self.calibration, self.calibration.merged_network(merged))
+
     def searched(self) -> dict[str, torch.Tensor]:
         """With the alpha out of 0, 0.1, ... 1 whose merged model is best on the volumes."""
         targets = ensemble_targets(self.calibration, self.joined) if self.settings["search"] == "agreement" \
             else reference_targets(self.calibration)
         scores, best = {}, None
         for alpha in self.calibration.bar([step / 10 for step in range(11)], "alpha"):
-            merged = self.merged(self.aligned(alpha=alpha))
+            merged = self.with_statistics(self.merged(self.aligned(alpha=alpha)))
             scores[alpha] = agreement(self.calibration, self.calibration.merged_network(merged), targets)
             if best is None or scores[alpha] > max(score for other, score in scores.items() if other != alpha):
                 best, found = merged, self.found
@@ -270,11 +277,12 @@ def _fingerprint(model: TrainedModel) -> Path | None:
 
 def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:
     """The trainer that builds the merged network: stock, unless the models' trainer changes the network."""
-    trainers = {model.trainer for model in models if changes_network(model.trainer)}
+    # by name: nnU-Net imports a trainer of nnUNet_extTrainer anew each time it looks for one
+    trainers = {model.trainer.__name__: model.trainer for model in models if changes_network(model.trainer)}
     if len(trainers) > 1:
         raise TransplantError("models whose trainers build networks of their own merge only with their like: "
-                              + ", ".join(sorted(trainer.__name__ for trainer in trainers)))
-    return trainers.pop() if trainers else nnUNetTrainer
+                              + ", ".join(sorted(trainers)))
+    return next(iter(trainers.values()), nnUNetTrainer)
 
 
 def _base(method: Method, then: Method, held_back: bool, models: Sequence[TrainedModel],
@@ -365,7 +373,8 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
         "keep_base_for": list(recipe.keep_base_for),
         "stage_weights": None if recipe.stage_weights is None else list(recipe.stage_weights),
         "volumes": None if calibration is None else calibration.provenance(), "found": dict(found),
-        "fit_head": recipe.fit_head, "polish": recipe.polish, "polish_lr": recipe.polish_lr, "share": list(recipe.share),
+        "fit_head": recipe.fit_head, "polish": recipe.polish, "polish_lr": recipe.polish_lr,
+        "share": list(recipe.share),
         "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
         "inputs": [{"path": str(model.path.resolve()), "sha256": sha256, "fold": model.fold, "group": group,
                     "weight": weight, "structures": list(structures(model))}

@@ -5,7 +5,9 @@ RegMean fits each layer to the inputs that the models see; the merged model, in 
 sees others. Here a layer corrects what those before it did not reach. With the rows X of the merged model's inputs
 (im2col) and the models' mean outputs Y, both without their mean in each patch,
 W = (X^T X + r I)^-1 (X^T Y + r W_0), W_0 the weighted mean of the kernels, scaled to fit best: what the volumes do not
-tell stays as it was. Where a norm follows, Y is taken behind it, and its scale and shift are set to those of Y.
+tell stays as it was. Where a norm follows, Y is taken behind it; an instance norm divides by another number in every
+patch, which the kernel cannot know, so Y is multiplied by what the models' norms divided by. The norm's scale and shift
+are then those of least squares.
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ from nnunet_transplant.merging.vectors import TINY, TaskVectors, Tensors
 
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
 _TRANSPOSED = (torch.ops.aten.conv_transpose2d.input, torch.ops.aten.conv_transpose3d.input)
-_NORMS = (torch.ops.aten.instance_norm.default, torch.ops.aten.batch_norm.default)
+_INSTANCE = (torch.ops.aten.instance_norm.default,)
+_NORMS = (*_INSTANCE, torch.ops.aten.batch_norm.default)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Layer:
     shift: str | None
     mean: str | None    # running statistics
     variance: str | None
+
+    @property
+    def by_instance(self) -> bool:
+        return self.norm is not None and self.norm.target in _INSTANCE
 
     @property
     def transposed(self) -> bool:
@@ -86,23 +93,28 @@ def refitted(vectors: TaskVectors, calibration: Calibration, ridge: float, posit
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for patch in calibration.patches:
-                inputs, outputs = look(run, layer, [*models, network], calibration.images([patch]))
-                target = sum(weight * output for weight, output in zip(vectors.weights, outputs, strict=True))
-                sums.add(*rows(layer, inputs, target, positions, generator))
+                inputs, outputs, spreads = look(run, layer, [*models, network], calibration.images([patch]))
+                target, spread = (sum(weight * each for weight, each in zip(vectors.weights, values, strict=True))
+                                  for values in (outputs, spreads))
+                sums.add(*rows(layer, inputs, target, positions, generator), spread)
         found |= solve(layer, sums, network, ridge)
         network |= found
     return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def look(run: Run, layer: Layer, networks: Sequence[Network],
-         image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What a layer reads in the last of the networks, and what it makes in each of the others."""
-    inputs = None
+         image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """What a layer reads in the last of the networks; what it makes in each of the others, behind the norm, and what an
+    instance norm divides its units by, 1 without one."""
+    inputs, spreads = None, []
     for node, values in run(networks, image):
         if node is layer.node:
             inputs = values[-1][node.args[0]]
+            made = [value[node][0].flatten(1) for value in values[:-1]]
+            spreads = [each.std(1, correction=0) if layer.by_instance else torch.ones_like(each[:, 0])
+                       for each in made]
         if node is (layer.norm or layer.node):
-            return inputs, [value[node] for value in values[:-1]]
+            return inputs, [value[node] for value in values[:-1]], spreads
     raise AssertionError(f"{layer.node} is not in the graph")
 
 
@@ -137,15 +149,20 @@ class Sums:
         self.prior = weight.flatten(1) if transposed else weight.flatten(1).T  # (inputs, outputs)
         inputs, outputs = self.prior.shape
         self.gram, self.right = weight.new_zeros(inputs, inputs), weight.new_zeros(inputs, outputs)
-        self.mean_x, self.mean_y = weight.new_zeros(inputs), weight.new_zeros(outputs)
+        self.normed = weight.new_zeros(inputs, outputs)  # X^T Y where each patch's X is divided by its spread
+        self.mean_x, self.mean_y, self.spread = (weight.new_zeros(n) for n in (inputs, outputs, outputs))
         self.between = weight.new_zeros(inputs, inputs)  # of the patches' means, for running statistics
         self.count = self.patches = 0
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, y: torch.Tensor, spread: torch.Tensor) -> None:
+        """Rows of one patch, and what the models' norms divide each output by there."""
         mean_x, mean_y = x.mean(0), y.mean(0)
-        x, centred = x - mean_x, y - mean_y
+        x, spread = x - mean_x, spread.repeat_interleave(y.shape[1] // len(spread)).clamp(min=TINY)
+        products = x.T @ (y - mean_y)
         self.gram.addmm_(x.T, x)
-        self.right.addmm_(x.T, centred)
+        self.right += products * spread
+        self.normed += products / spread
+        self.spread += len(x) * spread.square()
         self.mean_x += mean_x
         self.mean_y += mean_y
         self.between.addr_(mean_x, mean_x, alpha=len(x))
@@ -164,6 +181,9 @@ class Sums:
 def solve(layer: Layer, sums: Sums, network: Mapping[str, torch.Tensor], ridge: float) -> dict[str, torch.Tensor]:
     """The layer's new tensors."""
     kernel = sums.kernel(ridge)
+    made = (kernel * (sums.gram @ kernel)).sum(0).clamp(min=TINY)
+    if layer.by_instance:  # as large as the models' kernels: the norm adds its eps to what it divides by
+        kernel = kernel / (made / sums.spread).sqrt()
     weight = network[layer.weight]
     found = {layer.weight: (kernel if layer.transposed else kernel.T).reshape(weight.shape)}
     mean_y, mean_x = sums.mean_y / sums.patches, sums.mean_x / sums.patches
@@ -174,15 +194,16 @@ def solve(layer: Layer, sums: Sums, network: Mapping[str, torch.Tensor], ridge: 
         return found
     if layer.bias is not None:
         found[layer.bias] = torch.zeros_like(network[layer.bias])
-    if layer.mean is not None:
+    if layer.by_instance:
+        # the new kernel has its own spread in every patch, here taken to be the models'
+        scale = (kernel * sums.normed).sum(0) / sums.count
+    else:
         total = sums.gram + sums.between - sums.count * torch.outer(mean_x, mean_x)
-        found[layer.mean] = mean_x @ kernel
-        found[layer.variance] = (kernel * (total @ kernel)).sum(0).clamp(min=TINY) / sums.count
+        variance = (kernel * (total @ kernel)).sum(0).clamp(min=TINY) / sums.count
+        found[layer.mean], found[layer.variance] = mean_x @ kernel, variance
+        scale = (kernel * sums.right).sum(0) / made * variance.sqrt()
     if layer.scale is not None:
-        # least squares once more: the norm's output has variance 1 and mean 0
-        made = (kernel * (sums.gram @ kernel)).sum(0).clamp(min=TINY)
-        found[layer.scale] = (kernel * sums.right).sum(0) / (made * sums.count).sqrt()
-        found[layer.shift] = mean_y
+        found[layer.scale], found[layer.shift] = scale, mean_y
     return found
 
 

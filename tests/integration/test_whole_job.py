@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,10 @@ def model_folder(root: Path, dataset: str, trainer: str) -> Path:
     return root / "results" / dataset / f"{trainer}__nnUNetPlans__3d_fullres"
 
 
+def train(run: Callable, number: int, trainer: str, *more: object) -> None:
+    run("nnUNetv2_train", number, "3d_fullres", 0, "-tr", trainer, "-device", "cpu", *more)
+
+
 def predict_without_this_package(pools: int, *arguments: object) -> None:
     """Stock nnUNetv2_predict_from_modelfolder where `import nnunet_transplant` fails and no extra trainers are set."""
     code = ("import sys; sys.modules['nnunet_transplant'] = None\n"
@@ -49,20 +54,16 @@ def voxels(folder: Path) -> dict[str, np.ndarray]:
 def test_the_whole_job(nnunet: Path, kind: str) -> None:
     number = 801 + 10 * list(TASKS).index(kind)
     stable, task = f"nnUNetTrainerStable_{TRAINER}", f"nnUNetTrainerTaskVector_{TRAINER}"
-    # once with processes, as a user runs it
+    # one kind with processes, as a user runs it
     run, pools = (run_command, 1) if kind == "plain" else (fork_command, 0)
-
-    def train(number: int, trainer: str, *more: object) -> None:
-        run("nnUNetv2_train", number, "3d_fullres", 0, "-tr", trainer, "-device", "cpu", *more)
-
-    write_planned_phantom(nnunet, number, kind, run=run)
-    train(number, stable)
+    write_planned_phantom(nnunet, number, kind)
+    train(run, number, stable)
     run("nnunet_transplant_split_tasks", "-d", number, "-tasks", *TASKS[kind],
         "-ids", number + 1, number + 2, "-np", 1)
     base = model_folder(nnunet, f"Dataset{number}_Phantom", stable) / "fold_0" / "checkpoint_final.pth"
     experts = []
     for i, text in enumerate(TASKS[kind], 1):
-        train(number + i, task, "-pretrained_weights", base)
+        train(run if i == 1 else fork_command, number + i, task, "-pretrained_weights", base)
         experts.append(model_folder(nnunet, f"Dataset{number + i}_{text.partition('=')[0]}", task))
 
     merged = nnunet / f"merged_{kind}"
@@ -101,16 +102,16 @@ def test_merged_folder_is_exported_installed_and_predicted(nnunet: Path, tmp_pat
     experts = [model_folder(nnunet, f"Dataset{number}_{name}", f"nnUNetTrainerTaskVector_{TRAINER}")
                for number, name in ((802, "Solid"), (803, "Both"))]
     output = nnunet / "results" / "Dataset899_Merged" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
-    run_command("nnunet_transplant_merge", "-m", *experts, "-o", output)
-    run_command("nnUNetv2_export_model_to_zip", "-d", 899, "-c", "3d_fullres", "-f", "all",
-                "-o", tmp_path / "model.zip")
+    fork_command("nnunet_transplant_merge", "-m", *experts, "-o", output)
+    fork_command("nnUNetv2_export_model_to_zip", "-d", 899, "-c", "3d_fullres", "-f", "all",
+                 "-o", tmp_path / "model.zip")
     (tmp_path / "results").mkdir()
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    run_command("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
-    run_command("nnUNetv2_predict", "-i", nnunet / "images_plain", "-o", tmp_path / "installed", "-d", 899,
-                "-c", "3d_fullres", "-f", "all", "-device", "cpu", "-npp", 1, "-nps", 1)
-    run_command("nnunet_transplant_predict", "-i", nnunet / "images_plain", "-o", tmp_path / "ours", "-m", output,
-                "-device", "cpu", "-npp", 0, "-nps", 0)
+    fork_command("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
+    fork_command("nnUNetv2_predict", "-i", nnunet / "images_plain", "-o", tmp_path / "installed", "-d", 899,
+                 "-c", "3d_fullres", "-f", "all", "-device", "cpu", "-npp", 0, "-nps", 0)
+    fork_command("nnunet_transplant_predict", "-i", nnunet / "images_plain", "-o", tmp_path / "ours", "-m", output,
+                 "-device", "cpu", "-npp", 0, "-nps", 0)
     ours, installed = voxels(tmp_path / "ours"), voxels(tmp_path / "installed")
     assert len(ours) == 2
     for name, expected in installed.items():
