@@ -125,12 +125,13 @@ def fit_head(calibration: Calibration, joined: JoinedHeads, merged: dict[str, to
 
 def output_layer(network: nn.Module, images: torch.Tensor) -> nn.Module:
     """The convolution of single voxels whose output is the network's. Raises TransplantError where there is none."""
-    last: list[nn.Module] = []
-    hooks = [module.register_forward_hook(lambda module, *_: last.append(module)) for module in network.modules()
+    made: list[tuple[nn.Module, torch.Tensor]] = []
+    hooks = [module.register_forward_hook(lambda module, _, output: made.append((module, output)))
+             for module in network.modules()
              if isinstance(module, (nn.Conv2d, nn.Conv3d)) and set(module.kernel_size) == {1}]
     with torch.no_grad():
-        output = network(images)
-        found = next((module for module in reversed(last) if module.out_channels == output.shape[1]), None)
+        result = network(images)
+    found = next((module for module, output in made if output is result), None)
     for hook in hooks:
         hook.remove()
     if found is None:

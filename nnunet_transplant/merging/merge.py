@@ -391,7 +391,8 @@ def _notes(models: Sequence[TrainedModel], tensors: Sequence[dict[str, torch.Ten
     if cosine >= SAME_BASE_COSINE:
         return []
     return [f"these models do not seem to come from one base (cosine of their weights {cosine:.2f}): their merge is "
-            "likely useless. Score it with nnunet_transplant_evaluate before you use it"]
+            "likely useless. Methods that align need no common base (-method activation_align -d DATASET). Score "
+            "either with nnunet_transplant_evaluate before you use it"]
 
 
 def write_merge(merged: dict[str, MergedModel], output: Path, overwrite: bool = False) -> None:

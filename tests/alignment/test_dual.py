@@ -258,9 +258,9 @@ def test_matched_similarity_is_the_mean_over_pairs() -> None:
     similarity = np.random.default_rng(5).normal(size=(9, 9))
     similarity += similarity.T
     assignment = np.array([[0, 1, 1], [2, 0, 1], [0, 0, 2]])
-    within, second = [similarity[1, 2]], [similarity[0, 4], similarity[1, 5], similarity[2, 5]]
+    own, second = [similarity[1, 2]], [similarity[0, 4], similarity[1, 5], similarity[2, 5]]
     third = [similarity[0, 6], similarity[0, 7]]
-    for pairs, expected in (([(0, 1)], second), ([(0, 0), (0, 1)], within + second), ([(0, 1), (0, 2)], second + third)):
+    for pairs, expected in (([(0, 1)], second), ([(0, 0), (0, 1)], own + second), ([(0, 1), (0, 2)], second + third)):
         assert matched_similarity(similarity, assignment, pairs) == pytest.approx(np.mean(expected))
     assert matched_similarity(similarity, np.arange(9).reshape(3, 3), [(0, 1), (0, 2), (1, 2)]) == 0
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from factory import small_plans, write_model
 from permuted import LABELS, canonical, logits, network_of, noisy, tensors_of, write
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from nnunet_transplant.data.cases import Cases
 from nnunet_transplant.errors import TransplantError
@@ -17,7 +18,9 @@ from nnunet_transplant.merging.ensemble import (
     divergence,
     ensemble_logits,
     ensemble_targets,
+    fit_head,
     labels_of,
+    output_layer,
     polish,
     reference_targets,
 )
@@ -182,27 +185,26 @@ def test_references_are_the_label_maps(tmp_path: Path) -> None:
 def test_divergence_is_the_mean_kullback_leibler_divergence() -> None:
     generator = torch.Generator().manual_seed(4)
     student, teacher = (3 * torch.randn(2, 4, 5, 6, generator=generator) for _ in range(2))
-    categorical = [torch.distributions.Categorical(logits=each.movedim(1, -1)) for each in (teacher, student)]
-    expected = torch.distributions.kl_divergence(*categorical).mean()
-    torch.testing.assert_close(divergence(student, teacher, regions=False), expected)
-    bernoulli = [torch.distributions.Bernoulli(logits=each) for each in (teacher, student)]
-    expected = torch.distributions.kl_divergence(*bernoulli).mean()
-    torch.testing.assert_close(divergence(student, teacher, regions=True), expected)
     for regions in (False, True):
+        expected = kl_divergence(*(distribution(each, regions) for each in (teacher, student))).mean()
+        torch.testing.assert_close(divergence(student, teacher, regions), expected)
         assert abs(float(divergence(teacher, teacher, regions))) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Polishing
+# Polishing, and fitting the head
 
 def loss_of(calibration: Calibration, joined: JoinedHeads, tensors: dict[str, torch.Tensor], regions: bool) -> float:
     teacher = torch.stack(ensemble_logits(calibration, joined, "ensemble")).float()
     images = torch.stack([patch.image for patch in calibration.patches])
     with torch.no_grad():
         said = calibration.merged_network(tensors)(images)
-    kind = (lambda each: torch.distributions.Bernoulli(logits=each)) if regions else (
-        lambda each: torch.distributions.Categorical(logits=each.movedim(1, -1)))
-    return float(torch.distributions.kl_divergence(kind(teacher), kind(said)).mean())
+    return kl_divergence(distribution(teacher, regions), distribution(said, regions)).mean().item()
+
+
+def distribution(logits: torch.Tensor, regions: bool) -> Bernoulli | Categorical:
+    """Of every voxel, logits (batch, rows, ...)."""
+    return Bernoulli(logits=logits) if regions else Categorical(logits=logits.movedim(1, -1))
 
 
 def mean_of(calibration: Calibration) -> dict[str, torch.Tensor]:
@@ -247,13 +249,85 @@ def test_polishing_the_ensemble_itself_changes_next_to_nothing(tmp_path: Path) -
         assert float((polished[name] - tensor).abs().max()) < 5.5e-3, name  # ten steps of 0.001 and less, at most
 
 
+HEAD = ("decoder.seg_layers.1.weight", "decoder.seg_layers.1.bias")
+
+
+@pytest.mark.parametrize("kind", ["folds", "regions"])
+def test_a_fitted_head_is_the_best_of_all_heads(tmp_path: Path, kind: str, same: list[Path]) -> None:
+    """Where all voxels are taken, and those that the ensemble is not sure of once more: the gradient of the mean
+    divergence by the head vanishes, and nothing but the head has changed."""
+    regions = kind == "regions"
+    folders = [write_model(tmp_path / f"r{seed}", REGIONS, [1, 2], plans=PLANS, seed=seed) for seed in range(2)] \
+        if regions else same
+    calibration, joined = opened(folders)
+    merged = mean_of(calibration)
+    fitted = fit_head(calibration, joined, merged)
+    assert all(torch.equal(fitted[name], merged[name]) for name in merged if name not in HEAD)
+    teacher = torch.stack(ensemble_logits(calibration, joined, "ensemble")).float()
+    sure = (teacher.sigmoid() < 0.01).all(1) if regions else teacher.softmax(1)[:, 0] > 0.99
+    counts = torch.where(sure, 1.0, 2.0)
+    images = torch.stack([patch.image for patch in calibration.patches])
+
+    def loss_and_slope(tensors: dict[str, torch.Tensor]) -> tuple[float, float]:
+        network = calibration.merged_network(tensors).requires_grad_(True)
+        said = network(images)
+        each = kl_divergence(*(distribution(logits, regions) for logits in (teacher, said)))
+        loss = (counts * (each.mean(1) if regions else each)).sum() / counts.sum()
+        loss.backward()
+        head = network.decoder.seg_layers[1]
+        return loss.item(), torch.cat([head.weight.grad.flatten(), head.bias.grad]).norm().item()
+    before, slope = loss_and_slope(merged)
+    after, flat = loss_and_slope(fitted)
+    assert after < before and flat < 1e-3 * slope
+    for seed in range(5):  # no other head near by is better
+        other = noisy({name: fitted[name] for name in HEAD}, 0.02, seed)
+        assert loss_and_slope(fitted | other)[0] > after
+    again = fit_head(calibration, joined, merged)
+    assert all(torch.equal(fitted[name], again[name]) for name in HEAD)
+
+
+def test_a_head_that_says_what_the_ensemble_says_stays(tmp_path: Path) -> None:
+    calibration, joined = opened([write_model(tmp_path / "m", LABELS, plans=PLANS)])
+    merged = mean_of(calibration)
+    fitted = fit_head(calibration, joined, merged)
+    assert loss_of(calibration, joined, fitted, False) < 1e-6
+    images = torch.stack([patch.image for patch in calibration.patches])
+    with torch.no_grad():
+        one, other = (calibration.merged_network(tensors)(images).softmax(1) for tensors in (merged, fitted))
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+
+
+def test_tasks_share_a_fitted_head(tasks: list[Path]) -> None:
+    """A few voxels of each patch help, all of them help more."""
+    calibration, joined = opened(tasks)
+    merged = mean_of(calibration)
+    losses = [loss_of(calibration, joined, tensors, False) for tensors in (
+        merged, fit_head(calibration, joined, merged, positions=64), fit_head(calibration, joined, merged))]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_the_head_is_the_layer_whose_output_is_the_networks() -> None:
+    network = network_of(PLANS)
+    network.decoder.deep_supervision = False
+    image = torch.randn(1, 1, 16, 16)
+    assert output_layer(network, image) is network.decoder.seg_layers[1]
+    for hooks in (module._forward_hooks for module in network.modules()):
+        assert not hooks
+    conv = torch.nn.Conv2d
+    for last in (torch.nn.Sigmoid(), conv(2, 2, 3)):
+        odd = torch.nn.Sequential(conv(1, 2, 1), last)
+        with pytest.raises(TransplantError, match="convolution of single voxels"):
+            output_layer(odd, image)
+
+
 def test_polishing_keeps_types(tmp_path: Path) -> None:
     tensors = [{name: tensor.half() for name, tensor in tensors_of(network_of(PLANS, seed=seed),
                                                                    canonical(PLANS)).items()} for seed in range(2)]
     folders = [write(tmp_path / str(i), PLANS, each) for i, each in enumerate(tensors)]
     calibration, joined = opened(folders)
-    polished = polish(calibration, joined, mean_of(calibration), 3, 1e-3)
-    assert all(tensor.dtype == torch.float16 for tensor in polished.values())
+    for done in (polish(calibration, joined, mean_of(calibration), 3, 1e-3),
+                 fit_head(calibration, joined, mean_of(calibration))):
+        assert all(tensor.dtype == torch.float16 for tensor in done.values())
 
 
 def test_polishing_that_diverges_is_refused(same: list[Path]) -> None:
