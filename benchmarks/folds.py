@@ -31,9 +31,8 @@ METHODS = {
     "mudsc_zip, alpha 0.5": f"-method mudsc_zip -alpha 0.5 {LOOK}",
     "activation_align, head fitted": f"{ALIGNED} --fit_head",
     "activation_align, regmean": f"{ALIGNED} -then regmean -off_diagonal 0.5",
-    "activation_align, refit": f"{ALIGNED} -then refit -positions 512",
-    "activation_align, refit, head fitted": f"{ALIGNED} -then refit -positions 512 --fit_head"}
-POLISHED = 300
+    "activation_align, refit": f"{ALIGNED} -then refit -positions 512"}
+POLISHED = 150  # steps
 
 
 def main() -> None:
@@ -117,12 +116,12 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], device: str) -> No
     for method, options in (METHODS | more).items():
         models[method] = work / method.replace(", ", "_").replace(" ", "_")
         run(models[method], f"nnunet_transplant_merge -m {checkpoints} -o {models[method]} {options}")
-    tables = []
+    scores = {}
     for method, model in models.items():  # one by one: an interrupted run goes on
         output = work / "scores" / method.replace(", ", "_").replace(" ", "_")
         run(output, f"nnunet_transplant_evaluate -m {model} -d 4 -f {ALL} -o {output} -device {device}")
-        tables.append(pd.read_csv(output / "evaluation.csv").assign(model=method))
-    table = pd.concat(tables).pivot_table(index="model", columns="structure", values="dice", sort=False)
+        scores[method] = pd.read_csv(output / "evaluation.csv").groupby("structure", sort=False)["dice"].mean()
+    table = pd.DataFrame(scores).T
     table = table.assign(mean=table.mean(axis=1))
     table["of the ensemble"] = table["mean"] / table.loc["ensemble", "mean"]
     print(f"{name}\n{table.round(3).to_string()}", flush=True)

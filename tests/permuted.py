@@ -1,5 +1,7 @@
 """Networks whose units stand in another order: other weights, the same function."""
+import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +62,16 @@ def tensors_of(network: torch.nn.Module, names: Mapping[str, str]) -> dict[str, 
 
 
 def spec_of(plans: dict, labels: dict = LABELS) -> Spec:
-    dim = len(next(iter(plans["configurations"].values()))["patch_size"])
+    return _spec(json.dumps([plans, labels]))
+
+
+@cache
+def _spec(described: str) -> Spec:
+    plans, labels = json.loads(described)
+    name, configuration = next(iter(plans["configurations"].items()))
     with torch.device("meta"):
-        network = build_network(plans, next(iter(plans["configurations"])), dataset_json(labels))
-    return derive(network, (1, 1, *[8] * dim))
+        network = build_network(plans, name, dataset_json(labels))
+    return derive(network, (1, 1, *[8] * len(configuration["patch_size"])))
 
 
 def shuffles(spec: Spec, seed: int) -> dict[str, np.ndarray]:

@@ -54,7 +54,7 @@ def voxels(folder: Path) -> dict[str, np.ndarray]:
 def test_the_whole_job(nnunet: Path, kind: str) -> None:
     number = 801 + 10 * list(TASKS).index(kind)
     stable, task = f"nnUNetTrainerStable_{TRAINER}", f"nnUNetTrainerTaskVector_{TRAINER}"
-    # one kind with processes, as a user runs it
+    # of one kind every command of ours, a training and a prediction with processes, as a user runs them
     run, pools = (run_command, 1) if kind == "plain" else (fork_command, 0)
     write_planned_phantom(nnunet, number, kind)
     train(run, number, stable)
@@ -63,7 +63,7 @@ def test_the_whole_job(nnunet: Path, kind: str) -> None:
     base = model_folder(nnunet, f"Dataset{number}_Phantom", stable) / "fold_0" / "checkpoint_final.pth"
     experts = []
     for i, text in enumerate(TASKS[kind], 1):
-        train(run if i == 1 else fork_command, number + i, task, "-pretrained_weights", base)
+        train(fork_command, number + i, task, "-pretrained_weights", base)
         experts.append(model_folder(nnunet, f"Dataset{number + i}_{text.partition('=')[0]}", task))
 
     merged = nnunet / f"merged_{kind}"
@@ -79,8 +79,8 @@ def test_the_whole_job(nnunet: Path, kind: str) -> None:
     few.mkdir()
     for path in sorted(images.iterdir())[:2]:
         (few / path.name).symlink_to(path)
-    run("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"ours_{kind}", "-m", merged, "-device", "cpu",
-        "-npp", 0, "-nps", 0)
+    fork_command("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"ours_{kind}", "-m", merged, "-device", "cpu",
+                 "-npp", 0, "-nps", 0)
     run("nnunet_transplant_predict", "-i", few, "-o", nnunet / f"fly_{kind}", "-m", *experts, "-f", 0,
         "-method", "ties", "-device", "cpu", "-npp", pools, "-nps", pools)
     predict_without_this_package(pools, "-i", few, "-o", nnunet / f"stock_{kind}", "-m", merged, "-f", "all",
