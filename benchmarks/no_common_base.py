@@ -5,7 +5,7 @@
 The loss barrier along the line between two folds, before and after alignment (figure), and two tasks that share no base
 (Anterior and Posterior, each from its own random weights): Dice and cross-entropy of every task by itself and of both
 together, and MuDSC's scaled performance (L - L_0) / (L_1 - L_0) (Eq. 9), L_1 the expert's loss, L_0 that of always
-predicting the classes' frequencies. On the patches of the test cases, side by side.
+predicting the classes' frequencies. On patches of the test cases: every eighth for the line, every second for tasks.
 """
 import argparse
 import os
@@ -18,25 +18,22 @@ from folds import ALL, DATASET, TASKS, WHOLE
 from steps import Steps
 
 from nnunet_transplant.heads import join, merged_dataset_json
-from nnunet_transplant.merging import MergedModel, Recipe, Volumes, merge_groups
+from nnunet_transplant.merging import METHODS, MergedModel, Recipe, Volumes, merge_groups
+from nnunet_transplant.merging.align import Unaligned
 from nnunet_transplant.merging.calibration import IGNORED, Calibration, open_calibration
 from nnunet_transplant.model_folder import TrainedModel, open_models
 from nnunet_transplant.plotting import save_barrier_figure
 
 LOOK = Volumes([4], 6, f"train:{ALL}")
 TEST = Volumes([4], 40, f"val:{ALL}")
-METHODS = {"average": {}, "rebasin": {}, "activation_align": {}, "mudsc_align": {}, "weight_zip": {}, "zipit": {},
-           "mudsc_zip": {}}
+TRIED = ("average", "rebasin", "activation_align", "mudsc_align", "weight_zip", "zipit", "mudsc_zip")
 
 
-def recipe(method: str, **more: object) -> Recipe:
-    return Recipe(method, volumes=LOOK if method not in ("average", "rebasin", "weight_zip") else None, **more)
-
-
-def opened(models: list[TrainedModel]) -> Calibration:
-    """The test patches, for models merged with equal weights."""
+def opened(models: list[TrainedModel], volumes: Volumes) -> Calibration:
+    """The patches of volumes, for models merged with equal weights."""
     joined = join(models, [1 / len(models)] * len(models))
-    return open_calibration(TEST, models, merged_dataset_json(models[0], joined), {}, models[0].trainer, progress=True)
+    return open_calibration(volumes, models, merged_dataset_json(models[0], joined), {},
+                            models[0].trainer, progress=True)
 
 
 def canonical(merged: MergedModel, like: TrainedModel) -> dict[str, torch.Tensor]:
@@ -73,32 +70,37 @@ def dice(logits: torch.Tensor, labels: torch.Tensor, row: int) -> float:
 def barrier(run: Steps, figure: Path) -> None:
     folder = run.model(DATASET, WHOLE)
     models = [open_models(folder, [fold])[0] for fold in ("0", "1")]
-    test = opened(models)
-    test = replace(test, patches=test.patches[::4])
-    positions = [step / 8 for step in range(9)]
+    test = opened(models, TEST)
+    test = replace(test, patches=test.patches[::8])
+    look = opened(models, LOOK)
+    positions = [step / 4 for step in range(5)]
     losses = {}
-    for method in ("average", "rebasin", "activation_align", "mudsc_align"):
-        losses[method] = []
-        for position in positions:
-            weighted = recipe(method, weights=[1 - position, position])
-            merged = merge_groups([[model] for model in models], weighted)["all"]
-            losses[method].append(loss(*predicted(test, canonical(merged, models[0]))))
-        print(f"{method}: " + " ".join(f"{value:.4f}" for value in losses[method]), flush=True)
-    names = {"average": "not aligned"}
-    save_barrier_figure(positions, {names.get(name, name): values for name, values in losses.items()}, figure)
+    for name in ("not aligned", "rebasin", "activation_align", "mudsc_align"):
+        one, other = (model.tensors() for model in models)
+        if name in METHODS:
+            method = METHODS[name]
+            unaligned = Unaligned(models, [one, other], models[0].trainer, same_labels=True)
+            one, other = method.align(unaligned, look, **method.own(method.settings({}))).tensors
+        losses[name] = [loss(*predicted(test, {key: torch.lerp(one[key], other[key], position) for key in one}))
+                        for position in positions]
+        print(f"{name}: " + " ".join(f"{value:.4f}" for value in losses[name]), flush=True)
+    save_barrier_figure(positions, losses, figure)
 
 
 def tasks(run: Steps) -> None:
     models = [open_models(run.model(f"Dataset{number}_{name}", WHOLE), [str(ALL)])[0]
               for number, name in TASKS.items()]
-    test = opened(models)
+    test = opened(models, TEST)
+    test = replace(test, patches=test.patches[::2])
     expert = []
     for model in models:
-        logits, labels = predicted(opened([model]), model.tensors())
+        alone = opened([model], TEST)
+        logits, labels = predicted(replace(alone, patches=alone.patches[::2]), model.tensors())
         expert.append((loss(logits, labels), frequency_loss(labels), dice(logits, labels, 1)))
     rows = {"experts": {f"{name} Dice": expert[i][2] for i, name in enumerate(TASKS.values())}}
-    for method in METHODS:
-        merged = merge_groups([[model] for model in models], recipe(method), progress=True)["all"]
+    for method in TRIED:
+        recipe = Recipe(method, volumes=LOOK if METHODS[method].needs_data else None)
+        merged = merge_groups([[model] for model in models], recipe, progress=True)["all"]
         logits, labels = predicted(test, canonical(merged, models[0]))
         row = {}
         for i, name in enumerate(TASKS.values()):

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from commands import pools_of_threads
 
 from nnunet_transplant.environment import ext_trainer_value
@@ -15,6 +16,12 @@ def few_processes() -> Iterator[None]:
             patch.setenv(name, value)
         pools_of_threads(patch)
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Small networks are faster so, and sums have one order. Predicting on a CPU sets as many as there are cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

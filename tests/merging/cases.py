@@ -9,7 +9,7 @@ from nnunet_transplant.merging.apply import merge_tensors
 
 Network = dict[str, torch.Tensor]
 
-DATA_FREE = [name for name, method in METHODS.items() if not method.needs_data]
+DATA_FREE = [name for name, method in METHODS.items() if not method.needs_data and method.align is None]
 
 # Vectors, matrices, kernels of 2d and 3d convolutions; one entry and none in every rank.
 SHAPES = [(), (1,), (2,), (5,), (0,), (1, 1), (4, 6), (6, 4), (1, 7), (7, 1), (0, 3), (3, 0), (3, 2, 3, 3),

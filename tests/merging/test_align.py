@@ -367,7 +367,7 @@ def test_the_search_takes_the_best_alpha(tmp_path: Path, method: str, search: st
 
 
 def test_a_search_scores_batch_norms_with_their_own_statistics(tmp_path: Path) -> None:
-    """What is scored is what is written."""
+    """What is scored is what is written, and that is the merge by the alpha found."""
     kind = "batch3d"
     models = folders(tmp_path, kind, original(kind), original(kind, 3))
     found = merge_folders(models, recipe=Recipe("mudsc_align", parameters={"search": "dice"}, volumes=VOLUMES))["all"]
@@ -375,6 +375,8 @@ def test_a_search_scores_batch_norms_with_their_own_statistics(tmp_path: Path) -
     said = logits(plans_of(kind), LABELS, found.weights, patches()).argmax(1).numpy()
     chosen = f"{found.provenance['found']['alpha']:g}"
     assert searched[chosen] == pytest.approx(plain_dice(said, label_maps()), abs=1e-6)
+    same = merged(models, "mudsc_align", alpha=found.provenance["found"]["alpha"])
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in same.items())
 
 
 @pytest.fixture
