@@ -151,3 +151,9 @@ def test_volumes_without_labels_serve_methods_that_need_none(tmp_path: Path, raw
                    Recipe("fisher", parameters={"labels": "dataset"}, volumes=Volumes([501], 1))):
         with pytest.raises(TransplantError, match="has cases without labels"):
             merge_folders(models, recipe=recipe)
+
+
+def test_methods_that_look_at_no_volumes_refuse_them(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", {"background": 0, "Liver": 1})
+    with pytest.raises(TransplantError, match="karcher looks at no volumes: leave out -d"):
+        merge_folders([model], recipe=Recipe("karcher", volumes=Volumes([501], 1)))

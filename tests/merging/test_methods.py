@@ -317,8 +317,10 @@ def test_numbers_of_models_are_refused() -> None:
     with pytest.raises(TransplantError, match="slerp merges at most 2 models, not 3"):
         find("slerp").check_models(3, False)
     find("slerp").check_models(2, False)
-    with pytest.raises(TransplantError, match="karcher looks at no volumes"):
-        find("karcher").check_models(3, True)
+    with pytest.raises(TransplantError, match="rebasin aligns models with each other: it needs at least two"):
+        find("rebasin").check_models(1, False)
+    with pytest.raises(TransplantError, match="fisher needs volumes to look at: give -d"):
+        find("fisher").check_models(2, False)
 
 
 def test_unknown_method_names_the_known_ones() -> None:
