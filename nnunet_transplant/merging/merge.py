@@ -3,6 +3,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -210,21 +211,25 @@ class _Work:
             merged = polish(self.calibration, self.joined, merged, self.recipe.polish, self.recipe.polish_lr)
         return merged
 
+    @cached_property
+    def unaligned(self) -> Unaligned:
+        """What alignment starts from, checked; with running statistics of the volumes, where the network has any."""
+        for model, tensors in zip(self.models, self.tensors, strict=True):
+            for name, tensor in tensors.items():
+                check_finite(tensor, name, model)
+        if self.calibration is not None and has_running_statistics(self.models[0].layout.names):
+            self.tensors = [tensors | recomputed(self.calibration, self.calibration.network(i))
+                            for i, tensors in enumerate(self.tensors)]
+            self.calibration = replace(self.calibration, tensors=self.tensors)
+        return Unaligned(self.models, self.tensors, self.trainer, self.joined.rows is None, self.shared or None,
+                         self.progress)
+
     def aligned(self, **changes: Any) -> list[dict[str, torch.Tensor]]:
-        """The models' tensors in common units."""
+        """The models' tensors in common units. changes: of the method's settings."""
         if self.method.align is None:
             return self.tensors
-        if not hasattr(self, "unaligned"):
-            for model, tensors in zip(self.models, self.tensors, strict=True):
-                for name, tensor in tensors.items():
-                    check_finite(tensor, name, model)
-            if self.calibration is not None and has_running_statistics(self.models[0].layout.names):
-                self.tensors = [tensors | recomputed(self.calibration, self.calibration.network(i))
-                                for i, tensors in enumerate(self.tensors)]
-                self.calibration = replace(self.calibration, tensors=self.tensors)
-            self.unaligned = Unaligned(self.models, self.tensors, self.trainer, self.joined.rows is None,
-                                       self.shared or None, self.progress)
-        found = self.method.align(self.unaligned, self.calibration, **self.method.own(self.settings) | changes)
+        unaligned = self.unaligned  # first: it may change the calibration
+        found = self.method.align(unaligned, self.calibration, **self.method.own(self.settings) | changes)
         self.found = found.found
         return found.tensors
 
@@ -234,8 +239,6 @@ class _Work:
         seen = None if self.calibration is None else replace(self.calibration, tensors=tensors, heads=heads)
         body = _merge_body(self.then, self.then.own(self.settings), self.weights, self.models, tensors, self.theta_0,
                            self.held_back, seen if self.then.needs_data else None, self.progress)
-        if seen is not None:
-            self.found |= seen.found
         return body | heads
 
     def with_statistics(self, merged: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
