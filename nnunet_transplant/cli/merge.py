@@ -124,6 +124,8 @@ def merge_from(args: Namespace, per_fold: bool = False) -> dict[str, MergedModel
     if recipe.share:
         if not hasattr(args, "share"):
             raise TransplantError("models that share only a part are several: nnunet_transplant_merge writes them")
+        if per_fold or args.out_fold is not None:
+            raise TransplantError("-share writes a model for each input: leave out --per_fold and -out_fold")
         return merge_shared(groups, recipe, theta_0, base, progress=True)
     return merge_groups(groups, recipe, theta_0, base, per_fold or earlier.per_fold, progress=True)
 

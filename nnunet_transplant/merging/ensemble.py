@@ -103,7 +103,8 @@ def fit_head(calibration: Calibration, joined: JoinedHeads, merged: dict[str, to
             logits = target.float().to(calibration.device).flatten(1)
             probability = logits.sigmoid().amax(0) if regions else 1 - logits.softmax(0)[0]
             chosen = _half_from(probability > 0.01, positions, generator)
-            read[-1] = torch.cat([read[-1], torch.ones_like(read[-1][:1])])[:, chosen]
+            constant = torch.full_like(read[-1][:1], head.bias is not None)
+            read[-1] = torch.cat([read[-1], constant])[:, chosen]
             said.append(logits[:, chosen])
     inputs, target = torch.cat(read, 1), torch.cat(said, 1)[None]
     bias = torch.zeros(len(target[0]), device=target.device) if head.bias is None else head.bias.detach()

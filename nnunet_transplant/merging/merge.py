@@ -143,9 +143,12 @@ def merge_shared(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe,
         raise TransplantError("-share needs a method that aligns, and no -polish, --fit_head or -search")
     tensors = work.aligned()
     merged = work.merged(tensors)
+    wholes = [own | {name: merged[name] for name in work.shared} for own in tensors]
+    if work.calibration is not None and has_running_statistics(list(merged)):
+        seen = replace(work.calibration, tensors=wholes)
+        wholes = [whole | recomputed(seen, seen.network(i)) for i, whole in enumerate(wholes)]
     models = {}
-    for model, own in zip(work.models, tensors, strict=True):
-        whole = own | {name: merged[name] for name in work.shared}
+    for model, whole in zip(work.models, wholes, strict=True):
         name = model.folder.parent.name if model.folder.parent.name.startswith("Dataset") else model.folder.name
         name = f"{name}_fold_{model.fold}"
         models[name if name not in models else f"{name}_{len(models)}"] = work.model(
@@ -365,10 +368,10 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
                 models: Sequence[TrainedModel], base: Path | None, theta_0: dict[str, torch.Tensor] | None,
                 calibration: Calibration | None, found: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that `repeat.read_merge` needs to do it again. weights: as given, None for the method's default."""
-    sha256 = common_theta_0_sha256(models)
+    method = find(recipe.method)
+    sha256 = common_theta_0_sha256(models) if method.align is None else None  # aligned models may have several
     if sha256 is None and theta_0 is not None:
         sha256 = checkpoints.tensors_sha256(theta_0)
-    method = find(recipe.method)
     hashes = in_parallel(checkpoints.file_sha256, [model.path for model in models])
     return {
         "method": method.name, "reference": method.reference, "parameters": settings,
