@@ -1,0 +1,1 @@
+"""Matching the units of models with no common base."""
