@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -36,6 +37,9 @@ def _server() -> ForkServerContext:
         "nnunetv2.run.run_training", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
         *(f"nnunet_transplant.cli.{name}" for name in ("split_tasks", "merge", "predict", "evaluate")),
         *(module.name for module in pkgutil.walk_packages(trainers.__path__, f"{trainers.__name__}."))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(os.sep)  # it imports from where it starts: here the checkout's sources before the installed package
+        forkserver.ensure_running()
     return server
 
 
