@@ -65,7 +65,7 @@ def match(spec: Spec, networks: Sequence[Network], solver: Solver, alpha: float,
     weights = None if alpha == 0 else WeightSimilarity(spec, networks, skip)
 
     def similarity(name: str) -> np.ndarray:
-        found = 0.0 if alpha == 0 else alpha * full(weights, name, state, pairs, pearson)
+        found = 0.0 if alpha == 0 else alpha * weights.between(name, pairs, state, pearson)
         return found if alpha == 1 else found + (1 - alpha) * activations[name]
 
     def solve(name: str, similarities: np.ndarray) -> np.ndarray:
@@ -97,17 +97,6 @@ def match(spec: Spec, networks: Sequence[Network], solver: Solver, alpha: float,
             if sweep - best.sweeps >= patience or all(np.array_equal(before[name], state[name]) for name in state):
                 break
     return best
-
-
-def full(weights: WeightSimilarity, name: str, state: Assignments, pairs: Sequence[tuple[int, int]],
-         pearson: bool = True) -> np.ndarray:
-    """(N D, N D): the weight similarities of the units of these pairs of models, 0 for others."""
-    size = weights.spec.groups[name].size
-    result = np.zeros((weights.models, size, weights.models, size))
-    for one, other in pairs:
-        result[one, :, other] = weights.between(name, one, other, state, pearson)
-        result[other, :, one] = result[one, :, other].T
-    return result.reshape(weights.models * size, -1)
 
 
 def matched_similarity(similarity: np.ndarray, assignment: np.ndarray, pairs: Sequence[tuple[int, int]]) -> float:

@@ -54,7 +54,7 @@ class WeightSimilarity:
                                 and s.tensor in self.networks[0]] for name, group in spec.groups.items()}
         self.scales = {(segment.tensor, segment.axis, segment.start): self._scale(group, segment)
                        for name, group in spec.groups.items() for segment in self.segments[name]}
-        self.kept: dict[tuple, tuple] = {}
+        self.kept: dict[tuple, dict[tuple[int, int], tuple]] = {}
 
     def _scale(self, group: Group, segment: Segment) -> tuple[float, float]:
         """What to subtract from and divide a segment's entries by: weights get a mean length of 1 over the units of
@@ -71,44 +71,61 @@ class WeightSimilarity:
         return part.movedim(segment.axis, 0).reshape(group.size, -1)
 
     def _rows(self, group: Group, segment: Segment, model: int, assignments: Assignments) -> torch.Tensor:
-        """(D, features): one segment of Z."""
+        """(D, features): one segment of Z, before it is divided by its length."""
         tensor = self.networks[model][segment.tensor]
         for other, there in self.around[segment.tensor]:
             if there.axis != segment.axis:
                 tensor = move(tensor, other, there, assignments[other.name][model])
-        shift, length = self.scales[segment.tensor, segment.axis, segment.start]
-        return (self._part(tensor, group, segment) - shift) / length
+        rows = self._part(tensor, group, segment)
+        shift, _ = self.scales[segment.tensor, segment.axis, segment.start]
+        return rows - shift if shift else rows
 
-    def _products(self, group: Group, segment: Segment, one: int, other: int,
-                  assignments: Assignments) -> tuple[torch.Tensor, ...]:
-        """Inner products of the rows of two models (D, D), the sums of the rows of each, and their number of features.
-        """
-        neighbours = [assignments[g.name] for g, s in self.around[segment.tensor] if s.axis != segment.axis]
-        key = segment.tensor, segment.axis, segment.start, one, other
-        known = self.kept.get(key)
-        if known is None or any(not np.array_equal(a[[one, other]], b)
-                                for a, b in zip(neighbours, known[0], strict=True)):
-            first = self._rows(group, segment, one, assignments)
-            second = first if other == one else self._rows(group, segment, other, assignments)
-            result = first @ second.T, first.sum(1), second.sum(1), first.square().sum(1), second.square().sum(1), \
-                first.shape[1]
-            known = self.kept[key] = [a[[one, other]].copy() for a in neighbours], result
-        return known[1]
+    def _products(self, group: Group, segment: Segment, pairs: Sequence[tuple[int, int]],
+                  assignments: Assignments) -> list[tuple]:
+        """For each pair of models, inner products of the rows of both (D, D), the sums of the rows of each, and their
+        squares, and their number of features."""
+        def neighbours(pair: tuple[int, int]) -> bytes:
+            return b"".join(assignments[there.name][list(pair)].tobytes()
+                            for there, place in self.around[segment.tensor] if place.axis != segment.axis)
 
-    def between(self, name: str, one: int, other: int, assignments: Assignments, pearson: bool = True) -> np.ndarray:
-        """(D, D): similarities of the units of model `one` to those of model `other`: Pearson correlation of the rows
-        of Z, or their inner products."""
+        key = segment.tensor, segment.axis, segment.start
+        kept = self.kept.setdefault(key, {})
+        stale = [pair for pair in pairs if pair not in kept or kept[pair][0] != neighbours(pair)]
+        _, length = self.scales[key]
+        rows = {n: self._rows(group, segment, n, assignments) for n in sorted({n for pair in stale for n in pair})}
+        sums = {n: row.sum(1) / length for n, row in rows.items()}
+        squares = {n: (torch.linalg.vector_norm(row, dim=1) / length).square() for n, row in rows.items()}
+        for one, other in stale:
+            product = (rows[one] @ rows[other].T / length ** 2, sums[one], sums[other], squares[one], squares[other],
+                       rows[one].shape[1])
+            kept[one, other] = neighbours((one, other)), product
+        return [kept[pair][1] for pair in pairs]
+
+    def between(self, name: str, pairs: Sequence[tuple[int, int]], assignments: Assignments,
+                pearson: bool = True) -> np.ndarray:
+        """(N D, N D): similarities of the units of these pairs of models, 0 for other pairs: Pearson correlation of the
+        rows of Z, or their inner products."""
         group = self.spec.groups[name]
-        free = [s for s in self.segments[name] if not s.rigid]
-        rigid = [s for s in self.segments[name] if s.rigid]
-        result = _similarity([self._products(group, s, one, other, assignments) for s in free], pearson)
-        if rigid:
-            inside = group.size // group.blocks
-            blocks = _similarity([_by_blocks(self._products(group, s, one, other, assignments), group.blocks)
-                                  for s in rigid], pearson)
-            share = len(rigid) / (len(free) + len(rigid)) if pearson else 1 / inside
-            result = (1 - share if pearson else 1) * result + share * blocks.repeat(inside, 0).repeat(inside, 1)
-        return result
+        parts = [(segment, self._products(group, segment, pairs, assignments)) for segment in self.segments[name]]
+        result = np.zeros((self.models, group.size, self.models, group.size))
+        for i, (one, other) in enumerate(pairs):
+            found = _of_pair(group, [(segment.rigid, products[i]) for segment, products in parts], pearson)
+            result[one, :, other] = found
+            result[other, :, one] = found.T
+        return result.reshape(self.models * group.size, -1)
+
+
+def _of_pair(group: Group, products: Sequence[tuple[bool, tuple]], pearson: bool) -> np.ndarray:
+    """(D, D): the similarities that all segments, rigid ones and others, make together."""
+    free = [product for rigid, product in products if not rigid]
+    rigid = [_by_blocks(product, group.blocks) for rigid, product in products if rigid]
+    result = _similarity(free, pearson)
+    if rigid:
+        inside = group.size // group.blocks
+        blocks = _similarity(rigid, pearson)
+        share = len(rigid) / len(products) if pearson else 1 / inside
+        result = (1 - share if pearson else 1) * result + share * blocks.repeat(inside, 0).repeat(inside, 1)
+    return result
 
 
 def _similarity(products: Sequence[tuple], pearson: bool) -> np.ndarray:
