@@ -32,6 +32,8 @@ METHODS = {
     "activation_align, head fitted": f"{ALIGNED} --fit_head",
     "activation_align, regmean": f"{ALIGNED} -then regmean -off_diagonal 0.5",
     "activation_align, refit": f"{ALIGNED} -then refit -positions 512"}
+AT_EVERY_WIDTH = ("average", "activation_align", "mudsc_align, alpha 0.5", "mudsc_zip, alpha 0.5",
+                  "activation_align, head fitted")
 POLISHED = 150  # steps
 
 
@@ -45,7 +47,7 @@ def main() -> None:
     prepare(run, args.data)
     train(run, args.device)
     for name, dataset, trainer, plans, folds in (
-            ("folds", DATASET, WHOLE, PLANS, (0, 1, 2)), ("based", DATASET, HALF, PLANS, (0, 1, 2)),
+            ("folds", DATASET, WHOLE, PLANS, (0, 1, 2)), ("based", DATASET, HALF, PLANS, range(ALL)),
             *((f"width {width}", DATASET, HALF, plans, (0, 1)) for width, plans in WIDTHS.items())):
         model = run.model(dataset, trainer, plans)
         merge_and_score(run, name, [model / f"fold_{number}" for number in folds], args.device)
@@ -83,7 +85,7 @@ def train(run: Steps, device: str) -> None:
     for number in (0, 1, 2, ALL):
         fold(DATASET, number, WHOLE)
     base = fold(DATASET, ALL, HALF)
-    for number in (0, 1, 2):
+    for number in range(ALL):
         fold(DATASET, number, HALF, pretrained=base)
     for number, name in TASKS.items():
         fold(f"Dataset{number}_{name}", ALL, WHOLE)
@@ -113,9 +115,14 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], device: str) -> No
     every = folds[0].parent / f"fold_{ALL}" / "checkpoint_final.pth"
     if every.exists():
         models["all cases"] = every
-    for method, options in (METHODS | more).items():
+    methods = {method: METHODS[method] for method in AT_EVERY_WIDTH} if name.startswith("width") else METHODS
+    for method, options in (methods | more).items():
         models[method] = work / method.replace(", ", "_").replace(" ", "_")
         run(models[method], f"nnunet_transplant_merge -m {checkpoints} -o {models[method]} {options}")
+    if name == "folds":
+        models["random weights, polished"] = output = work / "random_weights_polished"
+        run(output, f"python {Path(__file__).with_name('polish_random.py')} {checkpoints} {LOOK} -polish {POLISHED} "
+                    f"-o {output}")
     scores = {}
     for method, model in models.items():  # one by one: an interrupted run goes on
         output = work / "scores" / method.replace(", ", "_").replace(" ", "_")

@@ -61,6 +61,12 @@ def canonical_names(network: nn.Module) -> dict[str, str]:
     return {name: last[objects[name]] for name in names}
 
 
+def canonical_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Each parameter once, by its canonical name."""
+    canonical = canonical_names(network)
+    return {canonical[name]: parameter for name, parameter in bare(network).named_parameters(remove_duplicate=False)}
+
+
 def find_trainer(trainer_name: str) -> type[nnUNetTrainer]:
     """The trainer class nnU-Net finds by this name. Raises TransplantError where it finds none."""
     try:

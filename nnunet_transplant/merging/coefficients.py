@@ -8,12 +8,12 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import nn
 
-from nnunet_transplant.architecture import canonical_names
+from nnunet_transplant.architecture import canonical_parameters
 from nnunet_transplant.heads import head_rows
 from nnunet_transplant.labels import has_regions
 from nnunet_transplant.merging.calibration import IGNORED, Calibration, Patch
 from nnunet_transplant.merging.registry import SEED, Method, Parameter, WeightsRule, any_weights, register
-from nnunet_transplant.merging.vectors import TaskVectors, Tensors
+from nnunet_transplant.merging.vectors import TaskVectors, Tensors, add_weighted
 
 START = 0.3
 
@@ -30,10 +30,8 @@ def descend(vectors: TaskVectors, calibration: Calibration, loss: Loss, per: str
     The gradient of lambda_t is that of the network's weights times tau_t: no second copy of the network is needed.
     """
     network = calibration.merged_network()
-    canonical = canonical_names(network)
-    parameters = {canonical[name]: parameter.requires_grad_()
-                  for name, parameter in network.named_parameters(remove_duplicate=False)
-                  if canonical[name] in vectors.names}
+    parameters = {name: parameter.requires_grad_() for name, parameter in canonical_parameters(network).items()
+                  if name in vectors.names}
     theta_0 = {name: vectors.theta_0[name].float().to(calibration.device) for name in parameters}
     taus = {name: torch.stack([theta[name].float().to(calibration.device) - theta_0[name] for theta in vectors.thetas])
             for name in parameters}
@@ -142,11 +140,8 @@ def noted(coefficients: Coefficients, calibration: Calibration, per: str) -> Coe
 
 def add_scaled(tensors: Tensors, state: Mapping[str, torch.Tensor], **_: object) -> torch.Tensor:
     """theta_0 + sum_t lambda_t tau_t with the coefficients of this tensor."""
-    merged = tensors.theta_0.clone()
     coefficients = state[tensors.name].tolist() if tensors.name in state else tensors.weights
-    for tau, coefficient in zip(tensors.taus, coefficients, strict=True):
-        merged.add_(tau, alpha=coefficient)
-    return merged
+    return add_weighted(tensors.theta_0.clone(), tensors.taus, coefficients)
 
 
 FROM_START = WeightsRule(f"free, where the search starts, default {START}", any_weights, lambda models: START)

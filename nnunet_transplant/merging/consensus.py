@@ -7,6 +7,7 @@ from nnunet_transplant.merging.vectors import (
     TINY,
     TaskVectors,
     Tensors,
+    add_weighted,
     at_least,
     in_parallel,
     kept,
@@ -24,9 +25,7 @@ def consensus(tensors: Tensors, state: None, tall_lambda: float, k: int) -> torc
     total = sum(tensors.taus)
     users = sum(at_least(tau.abs(), (total - tau).abs_().mul_(tall_lambda)) for tau in tensors.taus)
     agreed = at_least(users, torch.tensor(float(min(k, len(tensors.taus)))))
-    merged = torch.zeros_like(total)
-    for tau, weight in zip(tensors.taus, tensors.weights, strict=True):
-        merged.add_(tau, alpha=weight)
+    merged = add_weighted(torch.zeros_like(total), tensors.taus, tensors.weights)
     return merged.mul_(agreed).add_(tensors.theta_0)
 
 

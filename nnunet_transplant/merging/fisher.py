@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from nnunet_transplant.architecture import canonical_names
+from nnunet_transplant.architecture import canonical_parameters
 from nnunet_transplant.labels import has_regions
 from nnunet_transplant.merging.calibration import IGNORED, Calibration
 from nnunet_transplant.merging.linear import average
@@ -25,9 +25,8 @@ def diagonal(calibration: Calibration, model: int, names: list[str], labels: str
     network = calibration.network(model)
     dataset_json = calibration.models[model].dataset_json
     regions = has_regions(dataset_json["labels"])
-    canonical = canonical_names(network)
-    parameters = {canonical[name]: parameter.requires_grad_()
-                  for name, parameter in network.named_parameters(remove_duplicate=False) if canonical[name] in names}
+    parameters = {name: parameter.requires_grad_() for name, parameter in canonical_parameters(network).items()
+                  if name in names}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     generator = torch.Generator(calibration.device).manual_seed(seed)
     for patch in calibration.bar(calibration.patches, f"Fisher information of model {model + 1}"):

@@ -6,7 +6,7 @@ import torch
 
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import SHARES, Method, Parameter, register
-from nnunet_transplant.merging.vectors import Tensors, blocks
+from nnunet_transplant.merging.vectors import Tensors, add_weighted, blocks
 
 PARALLEL = 1e-6  # radians below which an arc is its chord
 
@@ -77,10 +77,7 @@ def cosines(products: torch.Tensor) -> torch.Tensor:
 def combined(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
     """sum_t c_t theta_t, in float64 where coefficients are large: they cancel out, as models are nearly opposite."""
     dtype = torch.float64 if max(map(abs, coefficients)) > 10 else torch.float32
-    merged = torch.zeros_like(tensors[0], dtype=dtype)
-    for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        merged.add_(tensor, alpha=coefficient)
-    return merged.float()
+    return add_weighted(torch.zeros_like(tensors[0], dtype=dtype), tensors, coefficients).float()
 
 
 def model_stock(tensors: Tensors, state: None = None) -> torch.Tensor:

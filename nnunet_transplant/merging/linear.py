@@ -2,25 +2,19 @@
 import torch
 
 from nnunet_transplant.merging.registry import FREE_SUM, SUM_TO_ONE, Method, register
-from nnunet_transplant.merging.vectors import Tensors
+from nnunet_transplant.merging.vectors import Tensors, add_weighted
 
 
 def average(tensors: Tensors, state: None = None) -> torch.Tensor:
     """sum_t w_t theta_t: with sum_t w_t = 1 this is theta_0 + sum_t w_t tau_t (U-Net Transplant, Eq. 1), whatever
     theta_0 is. A model of weight 1 comes out bit for bit."""
-    merged = tensors.weights[0] * tensors.thetas[0]
-    for weight, theta in zip(tensors.weights[1:], tensors.thetas[1:], strict=True):
-        merged.add_(theta, alpha=weight)
-    return merged
+    return add_weighted(tensors.weights[0] * tensors.thetas[0], tensors.thetas[1:], tensors.weights[1:])
 
 
 def task_arithmetic(tensors: Tensors, state: None = None) -> torch.Tensor:
     """theta_0 + sum_t w_t tau_t with free weights, written as (1 - sum_t w_t) theta_0 + sum_t w_t theta_t so that one
     model of weight 1 comes out bit for bit (Ilharco et al., ICLR 2023)."""
-    merged = (1 - sum(tensors.weights)) * tensors.theta_0
-    for weight, theta in zip(tensors.weights, tensors.thetas, strict=True):
-        merged.add_(theta, alpha=weight)
-    return merged
+    return add_weighted((1 - sum(tensors.weights)) * tensors.theta_0, tensors.thetas, tensors.weights)
 
 
 register(Method(

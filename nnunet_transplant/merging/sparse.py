@@ -1,21 +1,12 @@
 """Methods that thin every task vector out before they add them: DARE, DELLA, Model Breadcrumbs."""
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from nnunet_transplant.merging.registry import FREE_MEAN, LAMBDA, RATIOS, SEED, Method, Parameter, register
 from nnunet_transplant.merging.ties import disjoint_mean
-from nnunet_transplant.merging.vectors import TINY, Tensors, keep_from, kept, kth_largest
-
-
-def weighted_sum(tensors: Tensors, taus: Sequence[torch.Tensor]) -> torch.Tensor:
-    """theta_0 + sum_t w_t tau_t of task vectors that a method has changed."""
-    merged = tensors.theta_0.clone()
-    for tau, weight in zip(taus, tensors.weights, strict=True):
-        merged.add_(tau, alpha=weight)
-    return merged
+from nnunet_transplant.merging.vectors import TINY, Tensors, add_weighted, keep_from, kept, kth_largest
 
 
 def uniform_like(tau: torch.Tensor, tensors: Tensors, model: int, seed: int) -> torch.Tensor:
@@ -33,7 +24,8 @@ def dare(tensors: Tensors, state: None, density: float, combine: str, seed: int,
         random = uniform_like(tau, tensors, model, seed)
         taus.append(torch.lt(random, density, out=random).mul_(tau).div_(density))
     if combine == "linear":
-        return weighted_sum(tensors, [tau.mul_(parameters["lambda"]) for tau in taus])
+        weights = [weight * parameters["lambda"] for weight in tensors.weights]
+        return add_weighted(tensors.theta_0.clone(), taus, weights)
     taus = [tau if weight >= 0 else tau.neg_() for tau, weight in zip(taus, tensors.weights, strict=True)]
     weights = [abs(weight) for weight in tensors.weights]
     return disjoint_mean(taus, weights).mul_(parameters["lambda"]).add_(tensors.theta_0)
@@ -60,7 +52,7 @@ def della(tensors: Tensors, state: None, density: float, epsilon: float, seed: i
 def breadcrumbs(tensors: Tensors, state: None, density: float, gamma: float) -> torch.Tensor:
     """Leave out of each tensor of each task vector the gamma share of largest entries and all but the density share of
     the next largest."""
-    return weighted_sum(tensors, [middle(tau, density, gamma) for tau in tensors.taus])
+    return add_weighted(tensors.theta_0.clone(), [middle(tau, density, gamma) for tau in tensors.taus], tensors.weights)
 
 
 def middle(tau: torch.Tensor, density: float, gamma: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from nnunet_transplant.merging.vectors import (
     TINY,
     TaskVectors,
     Tensors,
+    add_weighted,
     in_parallel,
     keep_from,
     kept,
@@ -47,10 +48,7 @@ def disjoint_mean(taus: Sequence[torch.Tensor], weights: Sequence[float]) -> tor
 
     An entry that is zero, trimmed or not, takes no part; an entry whose weighted sum is zero merges to zero.
     """
-    elected = weights[0] * taus[0]
-    for tau, weight in zip(taus[1:], weights[1:], strict=True):
-        elected.add_(tau, alpha=weight)
-    elected.sgn_()  # sign_ is slower
+    elected = add_weighted(weights[0] * taus[0], taus[1:], weights[1:]).sgn_()  # sign_ is slower
     merged, weight_of_agreeing = torch.zeros_like(elected), torch.zeros_like(elected)
     for tau, weight in zip(taus, weights, strict=True):
         agreeing = (tau * elected).relu_()

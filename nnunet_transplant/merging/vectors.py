@@ -128,6 +128,13 @@ def kept(density: float, size: int) -> int:
     return max(1, round(density * size))
 
 
+def add_weighted(total: torch.Tensor, tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """total + sum_t w_t tensor_t, in place."""
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor, alpha=weight)
+    return total
+
+
 def keep_from(tau: torch.Tensor, smallest: float) -> torch.Tensor:
     """tau with its entries below `smallest` in magnitude set to zero."""
     below = float(np.nextafter(np.float32(smallest), np.float32(0)))
