@@ -185,12 +185,17 @@ def _cut(data: np.ndarray, seg: np.ndarray, patch_size: Sequence[int], cases: Ca
     """Patches side by side that cover the volume, padded with zeros where it is smaller; 2d patches slice by slice."""
     if len(patch_size) < seg.ndim:
         return [patch for index in range(len(seg)) for patch in _cut(data[:, index], seg[index], patch_size, cases)]
-    missing = [max(0, size - have) for size, have in zip(patch_size, seg.shape, strict=True)]
-    padding = [(pad // 2, pad - pad // 2) for pad in missing]
-    data, seg = np.pad(data, [(0, 0), *padding]), np.pad(seg, padding)
+    data, seg = padded(data, seg, patch_size)
     steps = compute_steps_for_sliding_window(seg.shape, tuple(patch_size), 1.0)
     patches = []
     for corner in itertools.product(*steps):
         inside = tuple(slice(start, start + size) for start, size in zip(corner, patch_size, strict=True))
         patches.append(Patch(torch.from_numpy(data[(slice(None), *inside)].copy()), seg[inside].copy(), cases))
     return patches
+
+
+def padded(data: np.ndarray, seg: np.ndarray, patch_size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """A volume (channels, x, y, z) and its labels with zeros around them, so that a patch fits in."""
+    missing = [max(0, size - have) for size, have in zip(patch_size, seg.shape, strict=True)]
+    padding = [(pad // 2, pad - pad // 2) for pad in missing]
+    return np.pad(data, [(0, 0), *padding]), np.pad(seg, padding)

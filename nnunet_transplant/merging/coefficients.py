@@ -1,6 +1,6 @@
 """Coefficients found by gradient descent, the base and the task vectors frozen: AdaMerging without labels, learned
 coefficients with them."""
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from nnunet_transplant.merging.vectors import TaskVectors, Tensors, add_weighted
 START = 0.3
 
 Coefficients = dict[str, torch.Tensor]  # tensor name -> (models,); all the same object with one for each task
-Loss = Callable[[torch.Tensor, list[Patch]], torch.Tensor]
+Loss = Callable[[torch.Tensor, Sequence[Patch]], torch.Tensor]
 
 
 def descend(vectors: TaskVectors, calibration: Calibration, loss: Loss, per: str, iterations: int, lr: float,
@@ -107,26 +107,37 @@ def fitted(vectors: TaskVectors, calibration: Calibration, **settings: Any) -> C
     return noted(found, calibration, settings["per"])
 
 
-def segmentation_loss(calibration: Calibration) -> Loss:
-    """nnU-Net's own: Dice and cross-entropy, or for regions Dice and binary cross-entropy."""
+def segmentation_loss(calibration: Calibration, batch_dice: bool | None = None) -> Loss:
+    """nnU-Net's own: Dice and cross-entropy, or for regions Dice and binary cross-entropy. Logits of a lower resolution
+    than the patches are compared with labels of theirs, as in deep supervision.
+
+    batch_dice: Dice over all patches of a batch together, or of each; as the plans say unless told."""
     regions = has_regions(calibration.dataset_json["labels"])
-    soft_dice = {"batch_dice": calibration.configuration.batch_dice, "do_bg": regions, "smooth": 1e-5, "ddp": False}
+    batch_dice = calibration.configuration.batch_dice if batch_dice is None else batch_dice
+    soft_dice = {"batch_dice": batch_dice, "do_bg": regions, "smooth": 1e-5, "ddp": False}
     dice = MemoryEfficientSoftDiceLoss
     if regions:
         region_loss = DC_and_BCE_loss({}, soft_dice, use_ignore_label=True, dice_class=dice)
 
-        def of_regions(logits: torch.Tensor, patches: list[Patch]) -> torch.Tensor:
-            target = calibration.targets(patches)
+        def of_regions(logits: torch.Tensor, patches: Sequence[Patch]) -> torch.Tensor:
+            target = _at_size(calibration.targets(patches), logits)
             mask = (target[:, :1] == IGNORED).to(target.dtype)  # nnU-Net wants it as the last channel
             return region_loss(logits, torch.cat([target.clamp(min=0), mask], 1))
         return of_regions
     ignored = 1 + max(head_rows(calibration.models[0].plans, calibration.dataset_json).values())  # nnU-Net's number
     label_loss = DC_and_CE_loss(soft_dice, {}, ignore_label=ignored, dice_class=dice)
 
-    def of_labels(logits: torch.Tensor, patches: list[Patch]) -> torch.Tensor:
-        target = calibration.targets(patches)[:, None]
+    def of_labels(logits: torch.Tensor, patches: Sequence[Patch]) -> torch.Tensor:
+        target = _at_size(calibration.targets(patches)[:, None], logits)
         return label_loss(logits, torch.where(target == IGNORED, ignored, target))
     return of_labels
+
+
+def _at_size(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """(batch, channels, *size of the logits), as nnU-Net makes the labels of deep supervision."""
+    if target.shape[2:] == logits.shape[2:]:
+        return target
+    return nn.functional.interpolate(target.float(), logits.shape[2:], mode="nearest-exact").to(target.dtype)
 
 
 def noted(coefficients: Coefficients, calibration: Calibration, per: str) -> Coefficients:

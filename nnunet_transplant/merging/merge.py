@@ -272,7 +272,21 @@ class _Work:
             weights={name: tensors[like.layout.canonical[name]] for name in like.layout.shapes},
             plans=like.plans, dataset_json=dataset_json, configuration=like.configuration, trainer=self.trainer,
             mirroring_axes=mirroring_axes, fingerprint=_fingerprint(like), provenance=provenance,
-            notes=[] if self.method.align is not None else _notes(self.models, self.tensors))
+            notes=[] if self.method.align is not None else self.warnings())
+
+    def warnings(self) -> list[str]:
+        """Where models that record no common base, and have a weight, look as if they had none."""
+        counted = [tensors for tensors, weight in zip(self.tensors, self.weights, strict=True) if weight]
+        if len(counted) < 2 or common_theta_0_sha256(self.models) is not None:
+            return []
+        name = max(self.models[0].layout.body, key=lambda n: counted[0][n].numel())
+        first, *others = (theta[name].float().reshape(-1) for theta in counted)
+        cosine = min(float(torch.cosine_similarity(first, other, dim=0)) for other in others)
+        if cosine >= SAME_BASE_COSINE:
+            return []
+        return [f"these models do not seem to come from one base (cosine of their weights {cosine:.2f}): their merge "
+                "is likely useless. Methods that align need no common base (-method activation_align -d DATASET). "
+                "Score either with nnunet_transplant_evaluate before you use it"]
 
 
 def _fingerprint(model: TrainedModel) -> Path | None:
@@ -385,20 +399,6 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
         "inputs": [{"path": str(model.path.resolve()), "sha256": sha256, "fold": model.fold, "group": group,
                     "weight": weight, "structures": list(structures(model))}
                    for model, sha256, group, weight in zip(models, hashes, groups, weights, strict=True)]}
-
-
-def _notes(models: Sequence[TrainedModel], tensors: Sequence[dict[str, torch.Tensor]]) -> list[str]:
-    """A warning where models that record no common base look as if they had none."""
-    if len(models) < 2 or common_theta_0_sha256(models) is not None:
-        return []
-    name = max(models[0].layout.body, key=lambda n: tensors[0][n].numel())
-    first, *others = (theta[name].float().reshape(-1) for theta in tensors)
-    cosine = min(float(torch.cosine_similarity(first, other, dim=0)) for other in others)
-    if cosine >= SAME_BASE_COSINE:
-        return []
-    return [f"these models do not seem to come from one base (cosine of their weights {cosine:.2f}): their merge is "
-            "likely useless. Methods that align need no common base (-method activation_align -d DATASET). Score "
-            "either with nnunet_transplant_evaluate before you use it"]
 
 
 def write_merge(merged: dict[str, MergedModel], output: Path, overwrite: bool = False) -> None:

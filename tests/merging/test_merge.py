@@ -216,6 +216,7 @@ def test_stock_fine_tuning_needs_the_base_given(tmp_path: Path, base: torch.nn.M
     assert not merge_folders(models)["all"].notes
     strangers = [write_model(tmp_path / f"s{seed}", seed=seed) for seed in (1, 2)]
     assert "do not seem to come from one base" in merge_folders(strangers)["all"].notes[0]
+    assert merge_folders(strangers, recipe=Recipe(weights=[1.0, 0.0]))["all"].notes == []  # nothing of the other
 
 
 def refuse_other_architecture(tmp: Path, base: torch.nn.Module) -> list[Path]:
