@@ -1,0 +1,66 @@
+"""What curvature costs beside training, side by side in one run.
+
+    python benchmarks/analysis_speed.py CHECKPOINT -d 4 [-cases val:0] [-device cpu]
+
+A Hessian-vector product and the Fisher information of every patch, beside a training step of the same batch (forward,
+backward, AdamW).
+"""
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal
+from nnunet_transplant.analysis.risk import open_risk
+from nnunet_transplant.merging import Volumes
+from nnunet_transplant.model_folder import open_models
+
+
+def seconds(work: Callable[[], object], times: int) -> float:
+    """The median of several runs, after one that does not count."""
+    work()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return float(np.median(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("-d", dest="dataset", required=True)
+    parser.add_argument("-cases", default="val:0")
+    parser.add_argument("-device", default="cpu")
+    parser.add_argument("-times", type=int, default=5)
+    args = parser.parse_args()
+    model = open_models(args.checkpoint)[0]
+    volumes = Volumes([args.dataset], 2, args.cases, args.device)
+    size = model.plans["configurations"][model.configuration]["batch_size"]
+    risk = open_risk(model, volumes, size)
+    hessian = Hessian(risk, size)
+    vector = torch.randn(hessian.size, device=args.device)
+    optimizer = torch.optim.AdamW(risk.network.parameters(), 1e-9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        risk.loss(risk.patches).backward()
+        optimizer.step()
+
+    times = {"training step": seconds(step, args.times),
+             "Hessian-vector product": seconds(lambda: hessian @ vector, args.times),
+             "Fisher, patch by patch": seconds(lambda: fisher_diagonal(risk), args.times)}
+    print(f"{hessian.size / 1e6:.1f} M parameters, {size} patches of {list(risk.patches[0].image.shape[1:])}, "
+          f"{args.device}, {torch.get_num_threads()} threads")
+    for name, value in times.items():
+        print(f"  {name}: {value:.3f} s, {value / times['training step']:.2f} times the training step")
+
+
+if __name__ == "__main__":
+    main()
