@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "demo")
+COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "interference", "flatness",
+            "sweep", "landscape", "report", "demo")
 
 setup(
     name="nnunet_transplant",
@@ -29,6 +30,8 @@ setup(
         "matplotlib>=3.8",
         "pandas>=2.0",
         "tqdm>=4.66",
+        "optuna>=4.0",
+        "cmaes>=0.11",
     ],
     extras_require={
         "test": ["pytest>=8", "ruff>=0.6", "setuptools>=77"],

@@ -253,3 +253,28 @@ def _short(value: Any) -> str:
 def common_theta_0_sha256(models: Sequence[TrainedModel]) -> str | None:
     """The theta_0 that the models record (after check_mergeable at most one), None where none does."""
     return next((model.theta_0_sha256 for model in models if model.theta_0_sha256), None)
+
+
+def common_theta_0(models: Sequence[TrainedModel], given: dict[str, torch.Tensor] | None,
+                   needing: str) -> dict[str, torch.Tensor]:
+    """The base of models that can merge, by canonical names: the given one, else the one that a folder keeps.
+
+    needing: who needs it, for the message. Raises TransplantError where the given one is another than recorded or of
+    another network, or none is given and a model records none.
+    """
+    if given is not None:
+        check_base(given, models[0])
+        recorded = common_theta_0_sha256(models)
+        if recorded is not None and checkpoints.tensors_sha256(given) != recorded:
+            raise TransplantError(f"the base given by -base is not the one these models were fine-tuned from "
+                                  f"(theta_0 with SHA-256 {recorded[:16]}...)")
+        return given
+    kept = next((theta_0 for theta_0 in (model.theta_0() for model in models) if theta_0 is not None), None)
+    if kept is None:
+        raise TransplantError(f"{needing} theta_0, the base these models were fine-tuned from: the model folders keep "
+                              "none (stock fine-tuning does not), so give it with -base")
+    unknown = [model.name for model in models if model.theta_0_sha256 is None]
+    if unknown:
+        raise TransplantError(f"{unknown[0]} does not record the base it was fine-tuned from: give it with -base")
+    check_base(kept, models[0])
+    return kept

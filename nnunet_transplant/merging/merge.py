@@ -37,6 +37,7 @@ from nnunet_transplant.model_folder import (
     TrainedModel,
     check_base,
     check_mergeable,
+    common_theta_0,
     common_theta_0_sha256,
     open_models,
     open_theta_0,
@@ -309,28 +310,18 @@ def _base(method: Method, then: Method, held_back: bool, models: Sequence[Traine
           given: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
     """theta_0, where it is given or the merge needs it: the given one, else the one a model folder keeps. For models
     that are aligned it is in the units of the first, and must be given."""
-    recorded = None if method.align is not None else common_theta_0_sha256(models)
+    needed = then.needs_base or held_back
+    if method.align is None:
+        if given is None and not needed:
+            return None
+        return common_theta_0(models, given, f"method {method.name} needs" if method.needs_base else
+                              "-keep_base_for and -stage_weights need")
     if given is not None:
         check_base(given, models[0])
-        if recorded is not None and checkpoints.tensors_sha256(given) != recorded:
-            raise TransplantError(f"the base given by -base is not the one these models were fine-tuned from "
-                                  f"(theta_0 with SHA-256 {recorded[:16]}...)")
-        return given
-    if not then.needs_base and not held_back:
-        return None
-    if method.align is not None:
+    elif needed:
         asking = f"-then {then.name}" if then.needs_base else "-keep_base_for and -stage_weights"
         raise TransplantError(f"{asking} after an alignment: give the base of the first model with -base")
-    kept = next((theta_0 for theta_0 in (model.theta_0() for model in models) if theta_0 is not None), None)
-    if kept is None:
-        needing = f"method {method.name} needs" if method.needs_base else "-keep_base_for and -stage_weights need"
-        raise TransplantError(f"{needing} theta_0, the base these models were fine-tuned from: the "
-                              "model folders keep none (stock fine-tuning does not), so give it with -base")
-    unknown = [model.name for model in models if model.theta_0_sha256 is None]
-    if unknown:
-        raise TransplantError(f"{unknown[0]} does not record the base it was fine-tuned from: give it with -base")
-    check_base(kept, models[0])
-    return kept
+    return given
 
 
 def _merge_heads(models: Sequence[TrainedModel], tensors: Sequence[dict[str, torch.Tensor]], weights: Sequence[float],

@@ -12,7 +12,8 @@ import torch
 from commands import fork_command
 from factory import base_network, small_plans, write_model
 
-COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "demo")
+COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "interference", "flatness",
+            "sweep", "landscape", "report", "demo")
 
 
 @pytest.fixture
