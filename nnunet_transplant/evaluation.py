@@ -7,7 +7,7 @@ against the same reference: the dataset's own labels, found by what each structu
 import contextlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +35,13 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import origin
 from nnunet_transplant.labels import foreground_values, has_regions
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, preprocessing_fields
+from nnunet_transplant.plotting import Overlay, save_dice_figure, save_overlays_figure, slice_to_show
 from nnunet_transplant.prediction import overflow_explained, predictor, torch_device
 
 Key = int | tuple[int, ...]  # a label or a region of the dataset, as nnU-Net's summary.json names it
 
 CSV, TABLE, SUMMARY, PREDICTIONS = "evaluation.csv", "table.txt", "summary.json", "predictions"
+DICE_FIGURE, OVERLAYS_FIGURE = "dice.png", "overlays.png"
 PER_CASE = "\nDice per case\n"  # the line of table.txt below which every case has its rows
 _TERMINAL = 120  # characters; wider tables number the models
 
@@ -70,8 +72,8 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
     models: trained model folders (several folds are nnU-Net's ensemble) or checkpoints inside them.
     dataset: name or id of a dataset in nnUNet_raw; its labels are the reference.
     fold: the validation cases of this fold in the dataset's splits_final.json, or "all" for all its training cases.
-    output: gets, for each model, predictions/ and nnU-Net's summary.json, and for all evaluation.csv and table.txt; it
-        appears whole or not at all. overwrite replaces an earlier evaluation.
+    output: gets, for each model, predictions/ and nnU-Net's summary.json, and for all evaluation.csv, table.txt,
+        dice.png and overlays.png; it appears whole or not at all. overwrite replaces an earlier evaluation.
     device, step_size (of the sliding window, in patches), mirroring: as nnUNetv2_predict has them.
     trust: load checkpoints that ask for more than weights; they can run code.
 
@@ -106,6 +108,8 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
         title = f"Dice on {cases.dataset}, {of_fold} ({len(cases.files)} case{'s' * (len(cases.files) > 1)})"
         (folder / TABLE).write_text("\n".join([title, "", means_table(frame), *notes]) + "\n" + PER_CASE + "\n"
                                     + cases_table(frame) + "\n", encoding="utf-8")
+        _draw_dice(frame, title, folder / DICE_FIGURE)
+        _draw_overlays(contenders, cases, frame, folder)
     return frame
 
 
@@ -149,7 +153,8 @@ def model_labels(models: Iterable[Path]) -> list[str]:
             label = f"{folder.parent.name}__{label.partition('__')[0]}"
         if path.is_file():
             label += f"__{path.parent.name}"
-        taken = {other.lower() for other in (*labels, CSV, TABLE)}  # some file systems ignore case
+        # some file systems ignore case
+        taken = {other.lower() for other in (*labels, CSV, TABLE, DICE_FIGURE, OVERLAYS_FIGURE)}
         candidates = (label, *(f"{label}_{i}" for i in range(2, len(taken) + 3)))
         labels.append(next(candidate for candidate in candidates if candidate.lower() not in taken))
     return labels
@@ -398,15 +403,22 @@ def means_table(frame: pd.DataFrame) -> str:
     frame: as `evaluate` returns it. "-" is a structure that a model does not have (or that the dataset cannot score),
     "nan" one that no case has, neither in the reference nor in the prediction.
     """
-    models, structures = list(frame["model"].unique()), list(frame["structure"].unique())
-    means = frame.groupby(["structure", "model"], sort=False)["dice"].mean().to_dict()
-    rows = [[structure, *(_cell(means, (structure, model)) for model in models)] for structure in structures]
-    common = [structure for structure in structures
-              if not any(np.isnan(means.get((structure, model), np.nan)) for model in models)]
-    if common:
-        rows.append([f"mean of {len(common)}", *(f"{np.mean([means[s, model] for s in common]):.4f}"
-                                                 for model in models)])
+    models, means = list(frame["model"].unique()), mean_dice(frame)
+    rows = [[structure, *(_cell(of_structure, model) for model in models)] for structure, of_structure in means.items()]
     return _layout(["structure"], models, rows)
+
+
+def mean_dice(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The numbers of `means_table`: structure -> model -> mean Dice. "mean of N" is the last, where there is one."""
+    means: dict[str, dict[str, float]] = {structure: {} for structure in frame["structure"].unique()}
+    for (structure, model), mean in frame.groupby(["structure", "model"], sort=False)["dice"].mean().items():
+        means[structure][model] = float(mean)
+    models = list(frame["model"].unique())
+    common = [of_model for of_model in means.values()
+              if not any(np.isnan(of_model.get(model, np.nan)) for model in models)]
+    if common:
+        means[f"mean of {len(common)}"] = {model: float(np.mean([each[model] for each in common])) for model in models}
+    return means
 
 
 def cases_table(frame: pd.DataFrame) -> str:
@@ -418,7 +430,7 @@ def cases_table(frame: pd.DataFrame) -> str:
     return _layout(["case", "structure"], models, rows)
 
 
-def _cell(values: dict[tuple, float], where: tuple) -> str:
+def _cell(values: Mapping[Any, float], where: Any) -> str:
     return f"{values[where]:.4f}" if where in values else "-"
 
 
@@ -436,3 +448,84 @@ def _layout(names: list[str], models: list[str], rows: list[list[str]]) -> str:
     text = ["  ".join(cell.ljust(width) if i < len(names) else cell.rjust(width)
                       for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
     return "\n".join([*legend, *text])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
+
+def _draw_dice(frame: pd.DataFrame, title: str, path: Path) -> None:
+    """Bars of what `means_table` holds, with the cases."""
+    dice = {where: values.tolist() for where, values in frame.groupby(["structure", "model"], sort=False)["dice"]}
+    rows = list(frame["structure"].unique())
+    *_, (last, means) = mean_dice(frame).items()
+    if last not in (*rows, "mean of 1"):  # the mean of one is that one
+        rows.append(last)
+        dice |= {(last, model): [mean] for model, mean in means.items()}
+    save_dice_figure(dice, rows, list(frame["model"].unique()), title, path)
+
+
+def shown_cases(dice: Mapping[str, float]) -> dict[str, str]:
+    """Which cases to look at, by their Dice: "best", "median" and "worst" -> case, each case once.
+
+    The median of an even number of cases is the worse one in the middle; of equal cases the first counts as worse. NaN
+    counts for nothing; where there is nothing else it is the "first" case.
+    """
+    ranked = sorted((case for case in dice if not np.isnan(dice[case])), key=lambda case: dice[case])
+    if not ranked:
+        return {"first": next(iter(dice))}
+    chosen = {"best": ranked[-1], "median": ranked[(len(ranked) - 1) // 2], "worst": ranked[0]}
+    if len(ranked) == 2:
+        del chosen["median"]
+    return chosen if len(ranked) > 1 else {"only": ranked[0]}
+
+
+def _draw_overlays(contenders: Sequence[_Contender], cases: Cases, frame: pd.DataFrame, folder: Path) -> None:
+    """The best, median and worst case of the first merged model (of the first model, where none is merged), with what
+    every model says of them."""
+    leading = next((each for each in contenders if (each.folds[0].folder / "merge.json").is_file()), contenders[0])
+    # a case's Dice by one model: the mean over its structures, without NaN
+    means = frame.groupby(["model", "case"])["dice"].mean()
+    chosen = shown_cases({case: means[leading.label, case] for case in cases.files})
+    with _silence():
+        overlays = [_overlay(f"{which}: {case}", case, contenders, leading, cases, means, folder)
+                    for which, case in chosen.items()]
+    save_overlays_figure(overlays, list(frame["structure"].unique()),
+                         f"Cases by the mean Dice of {leading.label}", folder / OVERLAYS_FIGURE)
+
+
+def _overlay(title: str, case: str, contenders: Sequence[_Contender], leading: _Contender, cases: Cases,
+             means: Mapping[tuple[str, str], float], folder: Path) -> Overlay:
+    """The slice with most structure in the truth (where it has none, in what the leading model says). Everything is
+    read by one model's reader, to lie on one grid, and one volume at a time, as they may be big."""
+    reader = PlansManager(leading.folds[0].plans).image_reader_writer_class()
+    files, ending = cases.files[case], cases.dataset_json["file_ending"]
+
+    def predicted(contender: _Contender) -> np.ndarray:
+        return reader.read_seg(str(folder / contender.label / PREDICTIONS / f"{case}{ending}"))[0][0]
+
+    truth = reader.read_seg(files["label"])[0][0]
+    image, properties = reader.read_images(list(files["images"])[:1])
+    spacing = np.array(properties["spacing"], dtype=float)
+    axis = int(np.argmax(np.round(spacing / spacing.min(), 1)))  # the coarsest: slices as the image was taken
+    structures = {target.row: target.reference for contender in contenders for target in contender.targets}
+    areas = _areas(truth, structures.values(), axis)
+    if not areas.any():
+        areas = _areas(predicted(leading), [target.prediction for target in leading.targets], axis)
+    index = slice_to_show(areas)
+
+    def plane(volume: np.ndarray) -> np.ndarray:
+        return np.take(volume, index, axis)[::-1 if axis else 1]  # but for axial slices, rows run from foot to head
+
+    panels = [("truth", {row: region_or_label_to_mask(plane(truth), values) for row, values in structures.items()})]
+    for contender in contenders:
+        said, dice = plane(predicted(contender)), means[contender.label, case]
+        panels.append((f"{contender.label}\n" + ("no Dice" if np.isnan(dice) else f"Dice {dice:.3f}"),
+                       {target.row: region_or_label_to_mask(said, target.prediction) for target in contender.targets}))
+    rows, columns = np.delete(spacing, axis)
+    return Overlay(title, plane(image[0]), (rows, columns), panels)
+
+
+def _areas(volume: np.ndarray, structures: Iterable[tuple[int, ...]], axis: int) -> np.ndarray:
+    """(structures, slices): voxels of each in each."""
+    others = tuple(other for other in range(3) if other != axis)
+    return np.stack([region_or_label_to_mask(volume, values).sum(others) for values in structures])

@@ -59,6 +59,7 @@ def save_segmentations_figure(image: Path, panels: Sequence[tuple[str, Path, dic
             # rows of a coronal slice run from foot to head: show the head above
             axes.imshow(np.take(volume, index, axis), cmap="gray", vmin=low - margin, vmax=high + margin / 2,
                         origin="lower" if axis else "upper", aspect=in_plane[0] / in_plane[1])
+            axes.set(autoscale_on=False)
             axes.set_axis_off()
             if axis == 0:
                 axes.set_title("image" if column == 0 else panels[column - 1][0], fontsize=9)
@@ -372,12 +373,12 @@ def save_overlays_figure(cases: Sequence[Overlay], structures: Sequence[str], ti
         for axes, (name, masks) in zip(grid, [("image", {}), *case.panels], strict=False):
             low, high = _window(case)
             axes.imshow(case.image, cmap="gray", vmin=low, vmax=high, aspect=case.spacing[0] / case.spacing[1])
+            axes.set(autoscale_on=False)
             axes.set_title(_wrapped(name), fontsize=7, parse_math=False)
             for order, structure in enumerate(sorted(masks, key=lambda name: -masks[name].sum())):  # regions may nest
                 _draw_mask(axes, masks[structure], order=2 + order, **_structure_style(structures.index(structure)))
                 if masks is not case.panels[0][1]:
                     _draw_outline(axes, case.panels[0][1][structure], order=4 + len(structures))
-            axes.set(xlim=(-0.5, case.image.shape[1] - 0.5), ylim=(case.image.shape[0] - 0.5, -0.5))
     styles = [_structure_style(index) for index in range(len(structures))]
     handles = [plt.Rectangle((0, 0), 1, 1, facecolor=style["colour"], hatch=style["hatch"]) for style in styles]
     handles.append(plt.Line2D([], [], color="white", linewidth=1, path_effects=[_HALO]))
@@ -465,13 +466,13 @@ _MARKS = {"default": "\N{WHITE DIAMOND}", "best": "\N{WHITE STAR}"}
 _MARKED = {"default": "default", "best": "best mean"}
 
 
-def save_maps_figure(points: np.ndarray, dice: Mapping[str, np.ndarray], names: Sequence[str],
+def save_maps_figure(points: np.ndarray, dice: Mapping[str, np.ndarray], ranges: Mapping[str, tuple[float, float]],
                      marks: Mapping[str, int], title: str, path: Path | BinaryIO,
-                     axes_values: Sequence[Sequence[float]] | None = None) -> None:
+                     cells: Sequence[Sequence[float]] | None = None) -> None:
     """Dice over two weights: a map for each structure, all in the same colours (U-Net Transplant, Fig. 3).
 
-    points: (evaluations, 2); dice: structure -> (evaluations,); names: of the two weights.
-    axes_values: of the two weights, where the points fill their grid; else each evaluation is a dot.
+    points: (evaluations, 2); dice: structure -> (evaluations,); ranges: name of each weight -> lowest, highest.
+    cells: the values of both weights, where the points are their grid; else each evaluation is a dot.
     """
     columns = min(len(dice), 4)
     rows = -(-len(dice) // columns)
@@ -480,23 +481,29 @@ def save_maps_figure(points: np.ndarray, dice: Mapping[str, np.ndarray], names: 
     low, high = (float(extreme([extreme(values) for values in dice.values()])) for extreme in (np.min, np.max))
     colours = {"cmap": "cividis", "vmin": low, "vmax": max(high, low + 1e-6)}
     for axes, (name, values) in zip(grid.flat, dice.items(), strict=False):
-        if axes_values is None:
+        if cells is None:
             drawn = axes.scatter(*points.T, c=values, s=34, edgecolors="0.3", linewidths=0.4, **colours)
+            axes.set(**{f"{axis}lim": (lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest))
+                        for axis, (lowest, highest) in zip("xy", ranges.values(), strict=True)})
         else:
-            drawn = _draw_cells(axes, points, values, axes_values, colours)
-        for which, row in marks.items():
-            axes.scatter(*points[row], color="white", edgecolors="black", zorder=5, clip_on=False, **_MARKERS[which])
+            drawn = _draw_cells(axes, points, values, cells, colours)
+        for which, row in marks.items():  # a dot keeps the colour of its Dice
+            filled = {"color": "white"} if cells is not None else {"c": values[[row]], **colours}
+            axes.scatter(*points[row], edgecolors="black", zorder=5, clip_on=False, **filled, **_MARKERS[which])
         there = "   ".join(f"{_MARKS[which]} {values[row]:.3f}" for which, row in marks.items())
         axes.set_title(f"{_shortened(name, 28)}\n{there}", fontsize=9, parse_math=False)
         axes.set_box_aspect(1)
+        axes.yaxis.set_major_locator(plt.MaxNLocator(5))
+        axes.xaxis.set_major_locator(plt.MaxNLocator(5))
     for axes in grid.flat[len(dice):]:
         axes.set_axis_off()
+    names = [_shortened(name, 40) for name in ranges]
     for column in range(columns):
-        lowest = max(row for row in range(rows) if row * columns + column < len(dice))
-        grid[lowest, column].set_xlabel(_shortened(names[0], 40), parse_math=False)
-        grid[lowest, column].xaxis.set_tick_params(labelbottom=True)
+        lowest_row = max(row for row in range(rows) if row * columns + column < len(dice))
+        grid[lowest_row, column].set_xlabel(names[0], parse_math=False)
+        grid[lowest_row, column].xaxis.set_tick_params(labelbottom=True)
     for axes in grid[:, 0]:
-        axes.set_ylabel(_shortened(names[1], 40), parse_math=False)
+        axes.set_ylabel(names[1], parse_math=False)
     figure.colorbar(drawn, ax=grid, label="Dice", shrink=0.9, aspect=30)
     figure.suptitle(title, fontsize=10, parse_math=False)
     _mark_legend(figure, {which: f"{_MARKED[which]}: {points[row][0]:.3g}, {points[row][1]:.3g}"
@@ -504,18 +511,18 @@ def save_maps_figure(points: np.ndarray, dice: Mapping[str, np.ndarray], names: 
     _save(figure, path)
 
 
-def _draw_cells(axes: plt.Axes, points: np.ndarray, values: np.ndarray, axes_values: Sequence[Sequence[float]],
+def _draw_cells(axes: plt.Axes, points: np.ndarray, values: np.ndarray, cells: Sequence[Sequence[float]],
                 colours: Mapping[str, Any]) -> Any:
     """A cell around every point of the grid and, where there are enough of them, lines of equal Dice."""
     at = {tuple(np.round(point, 6)): value for point, value in zip(points, values, strict=True)}
-    cells = np.array([[at[round(x, 6), round(y, 6)] for x in axes_values[0]] for y in axes_values[1]])
-    drawn = axes.pcolormesh(*axes_values, cells, shading="nearest", rasterized=True, **colours)
-    if min(cells.shape) >= 9:
-        levels = np.arange(np.ceil(colours["vmin"] * 10), np.floor(colours["vmax"] * 10) + 1) / 10
-        inside = [level for level in levels if cells.min() < level < cells.max()]
-        if inside:
-            lines = axes.contour(*axes_values, cells, levels=inside, colors="white", linewidths=0.7)
-            axes.clabel(lines, fmt="%.1f", fontsize=7)
+    dice = np.array([[at[round(x, 6), round(y, 6)] for x in cells[0]] for y in cells[1]])
+    drawn = axes.pcolormesh(*cells, dice, shading="nearest", rasterized=True, **colours)
+    levels = [level for level in np.arange(1, 10) / 10 if dice.min() < level < dice.max()]
+    if min(dice.shape) >= 9 and levels:
+        middle = (colours["vmin"] + colours["vmax"]) / 2
+        lines = axes.contour(*cells, dice, levels=levels, linewidths=0.7,
+                             colors=["white" if level < middle else "black" for level in levels])
+        axes.clabel(lines, fmt="%.1f", fontsize=7)
     return drawn
 
 
@@ -574,7 +581,7 @@ def save_front_figure(dice: Mapping[str, np.ndarray], front: Sequence[int], mark
         axes.set_xticks(where, [_shortened(name, 20) for name in dice], rotation=30, ha="right", parse_math=False)
         axes.set_ylabel("Dice")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=4 if len(dice) > 4 else 2, frameon=False)
     axes.set_title(title, fontsize=10, parse_math=False)
     _save(figure, path)
 

@@ -2,7 +2,16 @@ from argparse import Namespace
 from pathlib import Path
 
 from nnunet_transplant.cli.common import command_parser, run_command
-from nnunet_transplant.evaluation import CSV, PER_CASE, PREDICTIONS, SUMMARY, TABLE, evaluate
+from nnunet_transplant.evaluation import (
+    CSV,
+    DICE_FIGURE,
+    OVERLAYS_FIGURE,
+    PER_CASE,
+    PREDICTIONS,
+    SUMMARY,
+    TABLE,
+    evaluate,
+)
 from nnunet_transplant.model_folder import CHECKPOINT
 
 
@@ -35,4 +44,5 @@ def run(args: Namespace) -> None:
              step_size=args.step_size, mirroring=not args.disable_tta, trust=args.trust_checkpoints,
              overwrite=args.overwrite, progress=True)
     print((args.o / TABLE).read_text(encoding="utf-8").partition(PER_CASE)[0])
-    print(f"wrote {args.o}: {TABLE} (also case by case), {CSV}, and for each model {SUMMARY} and {PREDICTIONS}")
+    print(f"wrote {args.o}: {TABLE} (also case by case), {CSV}, {DICE_FIGURE}, {OVERLAYS_FIGURE}, and for each model "
+          f"{SUMMARY} and {PREDICTIONS}")
