@@ -161,11 +161,11 @@ def save_flatness_figure(models: Mapping[str, Mapping[str, Any]], patches: int, 
     width = 0.8 / len(models)
     for axes, (key, title, symbol) in zip(row[0], panels, strict=True):
         longest = max(len(model.get(key, ())) for model in models.values())
-        for index, (name, model) in enumerate(models.items()):
+        for index, model in enumerate(models.values()):
             values = np.array(model.get(key, ()))
             axes.bar(np.arange(len(values)) + (index - (len(models) - 1) / 2) * width, np.where(values > 0, values, 0),
                      width, color=STRUCTURE_COLOURS[index % len(STRUCTURE_COLOURS)], edgecolor="black", linewidth=0.4,
-                     hatch=("", "//", "..", "xx", "\\\\", "++")[index % 6], label=name)
+                     hatch=("", "//", "..", "xx", "\\\\", "++")[index % 6])
         axes.set_xticks(range(longest), [f"{symbol}{i + 1}" for i in range(longest)])
         lowest = min((value for model in models.values() for value in model.get(key, ()) if value > 0), default=1.0)
         axes.set(yscale="log", title=title, ylabel="curvature of the loss", xlabel="by size")
@@ -173,12 +173,8 @@ def save_flatness_figure(models: Mapping[str, Mapping[str, Any]], patches: int, 
         axes.grid(axis="y", alpha=0.4)
         axes.set_axisbelow(True)
     figure.suptitle(f"Width of the minimum on {patches} patches (lower is wider)")
-    handles, names = row[0][0].get_legend_handles_labels()
-    legend = figure.legend(handles, names, loc="outside lower center", frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    figure.savefig(path, metadata={"Software": None}, dpi=130)
-    plt.close(figure)
+    _legend(figure, row[0][0].containers, list(models), 1)
+    _save(figure, path)
 
 
 _LINE_COLOURS = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # those that show on white
@@ -621,13 +617,9 @@ def save_plane_figure(losses: Mapping[tuple[float, float], Mapping[str, float]],
                  ylabel="second principal component\n(distance of weights)", aspect="equal")
     handles = [plt.Line2D([], [], linestyle="", marker="o" if index < experts else "*", color="white",
                           markeredgecolor="black", markersize=9) for index in range(len(models))]
-    legend = figure.legend(handles, [f"{index}  {name}" for index, name in enumerate(models, 1)],
-                           loc="outside lower center", frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _legend(figure, handles, [f"{index}  {name}" for index, name in enumerate(models, 1)], 1)
     figure.suptitle("Loss over the plane closest to the models")
-    figure.savefig(path, metadata={"Software": None}, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def save_lines_figure(losses: Mapping[tuple[str, float, float], Mapping[str, float]], labels: Sequence[str],
@@ -638,7 +630,9 @@ def save_lines_figure(losses: Mapping[tuple[str, float, float], Mapping[str, flo
     columns = min(3, len(pairs))
     rows = -(-len(pairs) // columns)
     used = sorted({int(index) for pair in pairs for index in pair.split("-")})
-    figure, grid = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.2 * rows + 0.25 * len(used) + 0.6),
+    names = [f"{index + 1}  {labels[index]}" for index in used]
+    figure, grid = plt.subplots(rows, columns, figsize=(max(4.4 * columns, 0.08 * max(map(len, names))),
+                                                        3.2 * rows + 0.2 * len(used) + 0.6),
                                 squeeze=False, layout="constrained", sharey=True)
     for axes in grid.flat[len(pairs):]:
         axes.set_axis_off()
@@ -654,7 +648,6 @@ def save_lines_figure(losses: Mapping[tuple[str, float, float], Mapping[str, flo
         axes.grid(alpha=0.4)
         for text in axes.legend(title="" if len(line[0][1]) == 1 else "task").get_texts():
             text.set_parse_math(False)
-    figure.supxlabel("\n".join(f"{index + 1}  {labels[index]}" for index in used), fontsize=9, parse_math=False)
+    _legend(figure, [plt.Line2D([], [], linestyle="") for _ in names], names, 1)
     figure.suptitle("Loss along the lines between models")
-    figure.savefig(path, metadata={"Software": None}, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
