@@ -23,7 +23,8 @@ WIDTHS = {16: (1, 2), 32: (0, 1), 64: (0, 1)}  # features -> folds; fold 0 of 16
 LOOK = f"-d 4 -cases train:{ALL} -n_cases 6"  # volumes of training cases; their labels are not used
 ALIGNED = f"-method activation_align {LOOK}"
 METHODS = {
-    "average": "", "rebasin": "-method rebasin", "weight_zip": "-method weight_zip", "activation_align": ALIGNED,
+    "average": "", "average, head fitted": f"{LOOK} --fit_head", "rebasin": "-method rebasin",
+    "weight_zip": "-method weight_zip", "activation_align": ALIGNED,
     "activation_align to the mean": f"{ALIGNED} -to mean",
     "mudsc_align, alpha 0.3": f"-method mudsc_align -alpha 0.3 {LOOK}",
     "mudsc_align, alpha 0.5": f"-method mudsc_align -alpha 0.5 {LOOK}", "zipit": f"-method zipit {LOOK}",
@@ -49,6 +50,7 @@ def main() -> None:
     train(run, args.device)
     for name, dataset, trainer, plans, folds in (
             ("folds", DATASET, WHOLE, PLANS, (0, 1, 2)), ("based", DATASET, HALF, PLANS, range(ALL)),
+            ("based without fold 0", DATASET, HALF, PLANS, range(1, ALL)),  # which failed in training
             *((f"width {width}", DATASET, HALF, f"{PLANS}{width}", folds) for width, folds in WIDTHS.items())):
         model = run.model(dataset, trainer, plans)
         merge_and_score(run, name, [model / f"fold_{number}" for number in folds], args.device)
