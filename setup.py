@@ -30,7 +30,7 @@ setup(
         "matplotlib>=3.8",
         "pandas>=2.0",
         "tqdm>=4.66",
-        "optuna>=4.0",
+        "optuna>=4.4",
         "cmaes>=0.11",
     ],
     extras_require={

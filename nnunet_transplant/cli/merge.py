@@ -1,7 +1,10 @@
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from nnunet_transplant.checkpoint import MOST_TEXT, parse_json
 from nnunet_transplant.cli.common import command_parser, run_command
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
@@ -60,8 +63,9 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
     rules: dict[str, list[str]] = {}
     for method in METHODS.values():
         rules.setdefault(method.weights_rule.text, []).append(method.name)
-    parser.add_argument("-weights", type=float, nargs="+", metavar="W", help="one number for each MODEL (its folds "
-                        "share it): " + "; ".join(f"{', '.join(names)}: {rule}" for rule, names in rules.items()))
+    parser.add_argument("-weights", type=number_or_file, nargs="+", metavar="W", help="one number for each MODEL (its "
+                        "folds share it): " + "; ".join(f"{', '.join(names)}: {rule}" for rule, names in rules.items())
+                        + "; or @FILE: with the weights.json of nnunet_transplant_sweep, its method and parameters")
     parser.add_argument("-keep_base_for", nargs="+", metavar="PATTERN", help="leave tensors with such a name (as "
                         "'encoder.stages.0.*' or '*norm*') at theta_0")
     parser.add_argument("-stage_weights", type=float, nargs="+", metavar="W", help="factors for the merged task vector "
@@ -77,14 +81,7 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-polish_lr", type=float, metavar="LR", help="their learning rate (AdamW); default 0.001")
     parser.add_argument("-data_device", choices=("cpu", "cuda"), default="cpu", help="where methods with volumes run "
                         "the networks; default cpu")
-    group = parser.add_argument_group("parameters of the methods")
-    for name in dict.fromkeys(p.name for method in METHODS.values() for p in method.parameters):
-        owners = [(method, p) for method in METHODS.values() for p in method.parameters if p.name == name]
-        text = "; ".join(f"{', '.join(method.name for method, p in owners if (p.help, p.default) == said)}: "
-                         f"{said[0]}, default {said[1]}" for said in dict.fromkeys((p.help, p.default)
-                                                                                    for _, p in owners))
-        group.add_argument(f"-{name}", type=owners[0][1].kind, metavar="X", help=text,
-                           choices=owners[0][1].choices or None)
+    add_method_parameters(parser)
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="load checkpoints that ask for more than weights; they can run code")
     parser.epilog += "\n\nmethods:\n" + "\n".join(
@@ -92,8 +89,59 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
         for method in METHODS.values())
 
 
+def add_method_parameters(parser: ArgumentParser, but: Sequence[str] = ()) -> None:
+    """A flag for each parameter that some method has, except those that the command has a flag of its own for."""
+    group = parser.add_argument_group("parameters of the methods")
+    for name in dict.fromkeys(p.name for method in METHODS.values() for p in method.parameters):
+        if name in but:
+            continue
+        owners = [(method, p) for method in METHODS.values() for p in method.parameters if p.name == name]
+        text = "; ".join(f"{', '.join(method.name for method, p in owners if (p.help, p.default) == said)}: "
+                         f"{said[0]}, default {said[1]}" for said in dict.fromkeys((p.help, p.default)
+                                                                                    for _, p in owners))
+        group.add_argument(f"-{name}", type=owners[0][1].kind, metavar="X", help=text,
+                           choices=owners[0][1].choices or None)
+
+
+def number_or_file(text: str) -> float | str:
+    return text if text.startswith("@") else float(text)
+
+
+def with_weights_file(args: Namespace) -> Namespace:
+    """With -weights @FILE the arguments as if the file's weights, method and parameters had been given; parameters that
+    were given go before those of the file. Raises TransplantError for a file of another method or of other models."""
+    files = [given for given in args.weights or [] if isinstance(given, str)]
+    if not files:
+        return args
+    path = Path(files[0][1:])
+    if len(args.weights) > 1:
+        raise TransplantError("-weights takes either numbers or one @FILE")
+    if not path.is_file():
+        raise TransplantError(f"there is no weights file {path}")
+    with open(path, "rb") as file:
+        found = parse_json(file.read(MOST_TEXT + 1), str(path))
+    method, parameters, weights, models = (found.get(key) for key in ("method", "parameters", "weights", "models"))
+    if not (isinstance(method, str) and isinstance(parameters, dict) and _is_list(models, str)
+            and (weights is None or _is_list(weights, (int, float)))):
+        raise TransplantError(f"{path} is no weights file: nnunet_transplant_sweep writes one")
+    if args.method not in (None, method):
+        raise TransplantError(f"{path} has the weights of method {method}: leave out -method {args.method}")
+    given = [str(model.resolve()) for model in args.m]
+    if args.earlier is None and (len(given) != len(models) or (given != models and sorted(given) == sorted(models))):
+        what = f"{len(models)} models, not {len(given)}" if len(given) != len(models) else "the models in another order"
+        raise TransplantError(f"{path} has the weights of {what}: {' '.join(models)}")
+    known = find(method).settings(parameters)  # also refuses what is no parameter
+    missing = {name: value for name, value in known.items() if getattr(args, name, None) is None}
+    return Namespace(**vars(args) | missing | {"method": method, "weights": weights})
+
+
+def _is_list(value: Any, of: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(each, of) for each in value)
+
+
 def recipe_from(args: Namespace, start: Recipe) -> Recipe:
     """The recipe that the arguments ask for; what they do not say is as in `start`, if its method stays."""
+    args = with_weights_file(args)
     names = {p.name for method in METHODS.values() for p in method.parameters}
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     recipe = start if args.method in (None, start.method) else Recipe(
