@@ -94,6 +94,25 @@ def test_the_whole_job(nnunet: Path, kind: str) -> None:
     run("nnunet_transplant_evaluate", "-m", merged, experts[0], "-d", number, "-f", 0,
         "-o", nnunet / f"scores_{kind}", "-device", "cpu")
     assert len(list((nnunet / f"scores_{kind}").glob("*/summary.json"))) == 2
+    analyse(nnunet / f"analysis_{kind}", number, base, experts, merged, nnunet / f"scores_{kind}")
+
+
+def analyse(folder: Path, number: int, base: Path, experts: list[Path], merged: Path, scores: Path) -> None:
+    """Every command of analysis, as short as can be, on models of real training; the report holds all of it."""
+    look = ["-d", number, "-device", "cpu"]
+    fork_command("nnunet_transplant_interference", "-m", *experts, "-o", folder / "interference")
+    fork_command("nnunet_transplant_flatness", "-m", base, "-tasks", *experts, "-n_patches", 2, "-n_eigenvalues", 1,
+                 "-n_probes", 1, "-o", folder / "flatness", *look)
+    fork_command("nnunet_transplant_landscape", "-m", *experts, "-also", base, merged, "-n_patches", 1, "-points", 2,
+                 "-line_points", 2, "-o", folder / "landscape", *look)
+    fork_command("nnunet_transplant_sweep", "-m", *experts, "-f", "all", "-n_cases", 2, "-trials", 2, "-o",
+                 folder / "sweep", *look)
+    fork_command("nnunet_transplant_merge", "-m", *experts, "-weights", f"@{folder / 'sweep' / 'weights.json'}", "-o",
+                 folder / "best")
+    parts = [part for name in ("interference", "flatness", "landscape", "sweep")
+             for part in (f"-{name}", folder / name)]
+    fork_command("nnunet_transplant_report", "-m", merged, "-evaluation", scores, *parts, "-o", folder / "report.html")
+    assert (folder / "report.html").read_text().count("<img") >= 6
 
 
 def test_merged_folder_is_exported_installed_and_predicted(nnunet: Path, tmp_path: Path,
