@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +137,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(each) for key, each in value.items()}
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def volumes_of(dataset: str | int, fold: str, patches: int, cases: str | None, device: str) -> Volumes:
-    """The validation cases of a fold, all cases, or those chosen: as many of them as patches, at most."""
-    chosen = cases if cases is not None else None if fold == "all" else f"val:{fold}"
-    return replace(Volumes([dataset], device=device), n_cases=patches, cases=chosen)

@@ -71,6 +71,12 @@ def open_risk(model: TrainedModel, volumes: Volumes, patches: int, seed: int = 0
     return Risk(calibration, network.to(calibration.device).eval())
 
 
+def volumes_of(dataset: str | int, fold: str, patches: int, cases: str | None, device: str) -> Volumes:
+    """The validation cases of a fold, all cases, or those chosen: as many of them as patches, at most."""
+    chosen = cases if cases is not None else None if fold == "all" else f"val:{fold}"
+    return Volumes([dataset], n_cases=patches, cases=chosen, device=device)
+
+
 def draw(model: TrainedModel, volumes: Volumes, count: int, seed: int) -> list[Patch]:
     """Patches from the cases in turn. Every second one is centred on a voxel of a random structure of the model's that
     the case has, as far as the patch then lies in the volume; the others lie anywhere. The same for the same seed,

@@ -1,10 +1,10 @@
 from argparse import Namespace
 from pathlib import Path
 
-from nnunet_transplant.analysis.flatness import volumes_of
 from nnunet_transplant.analysis.landscape import CSV, JSON, LINES, PLANE, landscape
+from nnunet_transplant.analysis.risk import volumes_of
 from nnunet_transplant.cli.common import command_parser, run_command
-from nnunet_transplant.model_folder import CHECKPOINT
+from nnunet_transplant.cli.flatness import add_patch_arguments
 
 
 def main() -> None:
@@ -17,20 +17,11 @@ def main() -> None:
                              "labels, each is a task with a loss of its own")
     parser.add_argument("-also", type=Path, nargs="+", default=[], metavar="MODEL",
                         help="models to lay the plane through as well, such as the base and merged models")
-    parser.add_argument("-d", required=True, metavar="DATASET", help="name or id of a dataset with the experts' labels")
-    parser.add_argument("-f", default="0", metavar="FOLD",
-                        help="look at the validation cases of this fold of the dataset, or all; default 0")
-    parser.add_argument("-cases", metavar="CASES", help="look at these instead: FILE, train:FOLD or val:FOLD")
+    add_patch_arguments(parser, 8)
     parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder to write to")
-    parser.add_argument("-n_patches", type=int, default=8, help="patches to look at; default 8")
     parser.add_argument("-points", type=int, default=17,
                         help="points of the plane along each axis, from coarse to fine; 0: no plane; default 17")
     parser.add_argument("-line_points", type=int, default=11, help="points of each line; default 11")
-    parser.add_argument("-seed", type=int, default=0, help="seed of the patches; default 0")
-    parser.add_argument("-chk", default=CHECKPOINT, metavar="NAME", help=f"checkpoint to take; default {CHECKPOINT}")
-    parser.add_argument("-device", default="cuda", help="cuda (default) or cpu")
-    parser.add_argument("--trust_checkpoints", action="store_true",
-                        help="load checkpoints that ask for more than weights; they can run code")
     parser.add_argument("--overwrite", action="store_true", help="replace a landscape of other models or settings")
     run_command(parser, run)
 
