@@ -142,11 +142,13 @@ def model_labels(models: Iterable[Path]) -> list[str]:
     """A short, unique name for each model, which is also its folder in the output.
 
     .../Dataset901_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres gives Dataset901_Liver__nnUNetTrainer, any other folder
-    its own name. A checkpoint adds its fold: it is evaluated alone. Equal names get _2, _3, ...
+    and a task vector file, its own name. A checkpoint adds its fold: it is alone. Equal names get _2, _3, ...
     """
     labels: list[str] = []
     for model in models:
         path = Path(os.path.abspath(model))
+        if path.suffix == ".safetensors":  # a task vector file
+            path = path.with_suffix("")
         folder = path.parent.parent if path.is_file() else path
         label = folder.name
         if folder.parent.name.startswith("Dataset") and label.count("__") == 2:
@@ -375,7 +377,7 @@ def write_summary(per_case: Sequence[dict[str, Any]], targets: Sequence[Target],
 
     per_case: reference_file, prediction_file and metrics (see `score`) of each case.
     """
-    means = {target.key: {metric: _nanmean(entry["metrics"][target.key][metric] for entry in per_case)
+    means = {target.key: {metric: mean_without_nan(entry["metrics"][target.key][metric] for entry in per_case)
                           for metric in per_case[0]["metrics"][target.key]} for target in targets}
     foreground = {metric: float(np.mean([mean[metric] for mean in means.values()])) for metric in means[targets[0].key]}
     save_summary_json({"metric_per_case": list(per_case), "mean": means, "foreground_mean": foreground,
@@ -383,7 +385,7 @@ def write_summary(per_case: Sequence[dict[str, Any]], targets: Sequence[Target],
                       str(path))
 
 
-def _nanmean(values: Iterable[float]) -> float:
+def mean_without_nan(values: Iterable[float]) -> float:
     """The mean without NaN; NaN (and no warning) where nothing is left."""
     numbers = [value for value in values if not np.isnan(value)]
     return float(np.mean(numbers)) if numbers else np.nan
@@ -444,10 +446,14 @@ def _layout(names: list[str], models: list[str], rows: list[list[str]]) -> str:
         numbers = [f"[{i}]" for i in range(1, len(models) + 1)]
         legend = [f"{number} {model}" for number, model in zip(numbers, models, strict=True)]
         lines[0] = [*names, *numbers]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) if i < len(names) else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
-    return "\n".join([*legend, *text])
+    return "\n".join([*legend, *aligned(lines, len(names))])
+
+
+def aligned(rows: Sequence[Sequence[str]], names: int) -> list[str]:
+    """The lines of a table: the first columns to the left, the numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) if i < names else cell.rjust(width)
+                      for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

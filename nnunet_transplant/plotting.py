@@ -164,8 +164,7 @@ def save_flatness_figure(models: Mapping[str, Mapping[str, Any]], patches: int, 
         for index, model in enumerate(models.values()):
             values = np.array(model.get(key, ()))
             axes.bar(np.arange(len(values)) + (index - (len(models) - 1) / 2) * width, np.where(values > 0, values, 0),
-                     width, color=STRUCTURE_COLOURS[index % len(STRUCTURE_COLOURS)], edgecolor="black", linewidth=0.4,
-                     hatch=("", "//", "..", "xx", "\\\\", "++")[index % 6])
+                     width, **_model_style(index))
         axes.set_xticks(range(longest), [f"{symbol}{i + 1}" for i in range(longest)])
         lowest = min((value for model in models.values() for value in model.get(key, ()) if value > 0), default=1.0)
         axes.set(yscale="log", title=title, ylabel="curvature of the loss", xlabel="by size")

@@ -55,12 +55,10 @@ def flatness(models: Sequence[Path], volumes: Volumes, *, output: Path, tasks: S
     bounds: dict[str, Any] = {}
     for label, model in zip(labels, opened, strict=True):
         risk = open_risk(model, volumes, patches, seed, progress)
-        with torch.no_grad():
-            loss = float(np.mean([float(risk.loss([patch])) for patch in risk.patches]))
         fisher = torch.cat([each.reshape(-1) for each in fisher_diagonal(risk).values()])
         of_model = found[label] = {
             "path": str(model.path.resolve()), "sha256": file_sha256(model.path), "parameters": fisher.numel(),
-            "cases": {patch.cases.dataset: list(patch.cases.files) for patch in risk.patches}, "loss": loss,
+            "cases": {patch.cases.dataset: list(patch.cases.files) for patch in risk.patches}, "loss": risk.mean(),
             "fisher_trace": float(fisher.double().sum()),
             "fisher_largest": fisher.topk(min(10, fisher.numel())).values.tolist()}
         if not eigenvalues:

@@ -5,7 +5,7 @@ vectors those of task arithmetic (Ilharco et al., ICLR 2023).
 """
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.evaluation import model_labels
+from nnunet_transplant.evaluation import aligned, mean_without_nan, model_labels
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging.apply import Piece, is_finite
 from nnunet_transplant.merging.merge import check_finite
@@ -149,15 +149,10 @@ def interference(models: Sequence[Path], folds: Sequence[str] | None = None, che
 
 
 def task_labels(models: Sequence[Path], groups: Sequence[Sequence[TrainedModel]]) -> list[str]:
-    """A short, unique name for each task vector, as evaluation names models: a folder of several folds adds the fold, a
-    task vector file goes by its own name."""
-    paths: list[Path] = []
-    for path, group in zip(models, groups, strict=True):
-        if len(group) > 1:
-            paths += [model.path for model in group]
-        else:  # without its ending a task vector file is labelled like a folder
-            paths.append(path.with_suffix("") if path.suffix == ".safetensors" else path)
-    return model_labels(paths)
+    """A short, unique name for each task vector, as evaluation names models; a folder of several folds adds the fold.
+    """
+    return model_labels(each for path, group in zip(models, groups, strict=True)
+                        for each in ([model.path for model in group] if len(group) > 1 else [path]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +264,7 @@ def table(result: Interference) -> str:
                  result.cosine, result.conflict, result.overlap, chance))] for a, b in result.pairs)]
     stages = [["stage", "entries", *numbers, "cosine", "conflict", "overlap", "chance"]]
     for s, stage in enumerate(result.stages):
-        cosine, overlap, by_chance = (_cell(_mean(matrix[s, a, b] for a, b in result.pairs))
+        cosine, overlap, by_chance = (_cell(mean_without_nan(matrix[s, a, b] for a, b in result.pairs))
                                       for matrix in (result.cosine, result.overlap, chance))
         stages.append([stage, f"{result.entries[s]:,}", *(_cell(energy, 3) for energy in result.energy[s]), cosine,
                        _cell(result.conflict_of_all[s]), overlap, by_chance])
@@ -278,28 +273,15 @@ def table(result: Interference) -> str:
         f"large      the {100 * result.density:g} % largest entries of each task vector",
         "conflict   of the entries large in both tasks, the share with opposite signs",
         "overlap    entries large in both tasks / large in either; chance: if they were drawn independently", "",
-        *_aligned(tasks, 2), "", "Pairs, whole network", *_aligned(pairs, 1), "",
+        *aligned(tasks, 2), "", "Pairs, whole network", *aligned(pairs, 1), "",
         "Stages: share of each task's squared norm" + (
             "; means over the pairs; conflict among the entries large in two tasks or more"
             if len(result.pairs) > 1 else ""),
-        *_aligned(stages, 1)])
+        *aligned(stages, 1)])
 
 
 def _cell(value: float, digits: int = 4) -> str:
     return "-" if np.isnan(value) else f"{value:.{digits}f}"
-
-
-def _mean(values: Iterator[float]) -> float:
-    """The mean without NaN; NaN (and no warning) where nothing is left."""
-    numbers = [value for value in values if not np.isnan(value)]
-    return float(np.mean(numbers)) if numbers else np.nan
-
-
-def _aligned(rows: Sequence[Sequence[str]], names: int) -> list[str]:
-    """The first columns to the left, the numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) if i < names else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
 
 
 def save_figure(result: Interference, path: Path) -> None:

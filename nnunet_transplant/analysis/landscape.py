@@ -95,10 +95,7 @@ def _loss(risk: Risk, mixed: Mapping[str, torch.Tensor]) -> float:
         for name, canonical in layout.canonical.items():
             if canonical in mixed:
                 state[name].copy_(mixed[canonical])
-        total = 0.0
-        for patches in risk.batches(risk.calibration.configuration.batch_size):
-            total += float(risk.loss(patches)) * len(patches)
-    return total / len(risk.patches)
+    return risk.mean()
 
 
 def landscape(models: Sequence[Path], volumes: Volumes, *, output: Path, also: Sequence[Path] = (), patches: int = 8,

@@ -51,6 +51,13 @@ class Risk:
         return sum(weight / sum(weights) * self._loss_of_logits(logits, patches)
                    for weight, logits in zip(weights, outputs, strict=False))
 
+    def mean(self) -> float:
+        """Over all patches, in batches as large as the plans', without a gradient."""
+        with torch.no_grad():
+            total = sum(float(self.loss(patches)) * len(patches)
+                        for patches in self.batches(self.calibration.configuration.batch_size))
+        return total / len(self.patches)
+
     def batches(self, size: int) -> Iterator[Sequence[Patch]]:
         for start in range(0, len(self.patches), size):
             yield self.patches[start:start + size]

@@ -22,7 +22,7 @@ from nnunet_transplant.merging.calibration import preprocessed
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import find
 from nnunet_transplant.merging.vectors import Tensors
-from nnunet_transplant.model_folder import TrainedModel
+from nnunet_transplant.model_folder import TrainedModel, common_theta_0
 from nnunet_transplant.prediction import overflow_explained, predictor
 
 LINEAR = ("average", "task_arithmetic")  # sums of the models' tensors, which the device makes in no time
@@ -95,9 +95,8 @@ class MergedNetwork:
             return {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()
                     if tensor.is_floating_point()}
         theta_0 = {}
-        if find(self.recipe.method).needs_base:  # merge_models has checked that there is one, and that all share it
-            kept = (model.theta_0() for model in self.models)
-            theta_0 = self.theta_0 or next(theta_0 for theta_0 in kept if theta_0 is not None)
+        if find(self.recipe.method).needs_base:
+            theta_0 = common_theta_0(self.models, self.theta_0, f"method {self.recipe.method} needs")
         return on_device(theta_0), [on_device(model.tensors()) for model in self.models]
 
     def set(self, weights: Sequence[float] | None, parameters: Mapping[str, Any] | None = None) -> None:

@@ -31,7 +31,7 @@ from nnunet_transplant.checkpoint import atomic_path, check_output, file_sha256
 from nnunet_transplant.data.cases import Cases
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.evaluation import Target, find_cases, model_labels, name_targets
+from nnunet_transplant.evaluation import Target, aligned, find_cases, model_labels, name_targets
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging import Method, Recipe, Volumes
 from nnunet_transplant.merging.registry import SEED, find
@@ -179,7 +179,7 @@ def _names(groups: Sequence[Sequence[TrainedModel]], models: Sequence[Path]) -> 
     names = [", ".join(structures(group[0])) for group in groups]
     if len(set(names)) == len(names) and max(map(len, names)) <= 30:
         return names
-    return model_labels(path.with_suffix("") if path.suffix == ".safetensors" else path for path in models)
+    return model_labels(models)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,18 +323,12 @@ def table(found: Mapping[str, Any]) -> str:
         f"Sweep of {found['method']} on {found['dataset']}, {of_fold}: {found['evaluations']} merges ({how}), "
         f"{found['seconds_per_evaluation']:.3g} s each",
         f"Dice at the resolution of preprocessing; tuned on {len(cases['tuning'])} case"
-        f"{'s' * (len(cases['tuning']) > 1)}, {reported}", "", *_aligned(lines), "", *_aligned(coefficients),
+        f"{'s' * (len(cases['tuning']) > 1)}, {reported}", "", *aligned(lines, 1), "", *aligned(coefficients, 1),
         *found["notes"]])
 
 
 def _number(value: float | None) -> str:
     return "nan" if value is None else f"{value:.4f}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(
-        line[1:], widths[1:], strict=True))]).rstrip() for line in lines]
 
 
 def _write(found: dict[str, Any], study: optuna.Study, job: _Job, plan: Plan, output: Path) -> None:
