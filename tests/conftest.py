@@ -1,4 +1,6 @@
-from collections.abc import Iterator
+import importlib
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,28 @@ def few_processes() -> Iterator[None]:
 def one_thread() -> None:
     """Small networks are faster so, and sums have one order. Predicting on a CPU sets as many as there are cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's three folders are raw, preprocessed and results in the test's own."""
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """A command of ours in this process: exit status, stdout, stderr."""
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"nnunet_transplant_{name}", *map(str, arguments)])
+        try:
+            importlib.import_module(f"nnunet_transplant.cli.{name}").main()
+            status = 0
+        except SystemExit as leave:
+            status = leave.code or 0
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -218,10 +218,8 @@ def test_wide_tables_number_the_models() -> None:
 # Whole evaluations, with random weights
 
 @pytest.fixture
-def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def dataset(tmp_path: Path, nnunet_folders: None) -> Path:
     """Three raw cases of noise with the labels one, two and three, and splits of them."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     folder = tmp_path / "raw" / "Dataset700_Small"
     rng = np.random.default_rng(0)
     for case in ("a", "b", "c"):

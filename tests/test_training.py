@@ -45,10 +45,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nnunet_folders: None) -> Path:
     """nnU-Net's folders with a planned dataset that has no images; trainers get their batches from `batch`."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     monkeypatch.setenv("nnUNet_extTrainer", ext_trainer_value())
     write_dataset(tmp_path)
     monkeypatch.setattr(TransplantTrainer, "get_dataloaders", injected_dataloaders)

@@ -17,12 +17,9 @@ KINDS = {"plain": {}, "residual": {"residual": True}, "2d": {"dim": 2}}
 
 
 @pytest.fixture(params=KINDS)
-def risk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Risk]:
+def risk(request: pytest.FixtureRequest, tmp_path: Path, nnunet_folders: None) -> Iterator[Risk]:
     """In float64 and with a smooth nonlinearity: differences over the kinks of a ReLU converge to nothing. Norm scales,
     shifts and biases are random: residual encoders start with zeros."""
-    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS, shape=(12, 12, 12))
     plans = small_plans(patch=8, **KINDS[request.param])
     next(iter(plans["configurations"].values()))["architecture"]["arch_kwargs"]["nonlin"] = "torch.nn.SiLU"
@@ -103,10 +100,8 @@ def test_hessian_is_symmetric(risk: Risk) -> None:
     assert float(one @ (hessian @ other)) == pytest.approx(float(other @ (hessian @ one)), rel=1e-6)
 
 
-def test_eigenvalues_and_trace_are_those_of_the_whole_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eigenvalues_and_trace_are_those_of_the_whole_matrix(tmp_path: Path, nnunet_folders: None) -> None:
     """Of a network of a few hundred parameters."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS, shape=(12, 12, 12))
     plans = small_plans(dim=2, patch=8)
     plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [2, 2, 3]

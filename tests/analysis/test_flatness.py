@@ -21,10 +21,8 @@ PLANS = small_plans(dim=2, patch=8)
 
 
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+def models(tmp_path: Path, nnunet_folders: None) -> dict[str, Path]:
     """A base, another model, and two models fine-tuned from the base."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS, shape=(10, 12, 12))
     network = base_network(LABELS, PLANS)
     base = write_model(tmp_path / "base", LABELS, plans=PLANS, change=network.state_dict())

@@ -1,7 +1,5 @@
 """Interference of task vectors: every number against its definition, and the command."""
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -280,31 +278,16 @@ def test_integers_have_no_part(tmp_path: Path) -> None:
     assert result.entries[-1] == sum(tensor.numel() for tensor in body if tensor.is_floating_point())
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process: exit status, stdout, stderr."""
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nnunet_transplant_interference", *map(str, arguments)])
-        try:
-            importlib.import_module("nnunet_transplant.cli.interference").main()
-            status = 0
-        except SystemExit as leave:
-            status = leave.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-    return run
-
-
 @pytest.mark.usefixtures("no_figure")
 def test_the_command_prints_the_table_and_what_it_wrote(tmp_path: Path, models: list[Path], run: Callable) -> None:
     output = tmp_path / "out"
-    status, out, err = run("-m", *models, "-o", output)
+    status, out, err = run("interference", "-m", *models, "-o", output)
     assert (status, err) == (0, "")
     assert (output / "table.txt").read_text() in out and f"wrote {output}: table.txt, interference.png" in out
     before = (output / "interference.json").read_bytes()
-    status, _, err = run("-m", *models, "-o", output, "-density", 0.5)
+    status, _, err = run("interference", "-m", *models, "-o", output, "-density", 0.5)
     assert status == 1 and "exists already" in err and (output / "interference.json").read_bytes() == before
-    status, _, _ = run("-m", *models, "-o", output, "-density", 0.5, "--overwrite")
+    status, _, _ = run("interference", "-m", *models, "-o", output, "-density", 0.5, "--overwrite")
     assert status == 0 and json.loads((output / "interference.json").read_text())["density"] == 0.5
 
 
@@ -341,11 +324,12 @@ def test_bad_input_gives_one_line_and_no_output(tmp_path: Path, base: Path, mode
             (["-m", *models, "-o", models[0], "--overwrite"], "is one of the models"),
             (["-m", *models, "-base", base, "-o", base, "--overwrite"], "is one of the models"),
             (["-m", *models, "-o", strange, "--overwrite"], "is not an earlier analysis of interference")):
-        status, out, err = run("-o", tmp_path / "out", *arguments)
+        status, out, err = run("interference", "-o", tmp_path / "out", *arguments)
         assert (status, out) == (1, ""), arguments
         assert message in err and err.count("\n") == 1 and "Traceback" not in err, err
         assert sorted(tmp_path.rglob("*")) == there
-    status, _, err = run("-o", tmp_path / "out", "-m", models[0], residual, "-base", base)  # with merging's table
+    status, _, err = run("interference", "-o", tmp_path / "out", "-m", models[0], residual, "-base", base)
+    # with merging's table
     assert status == 1 and "cannot merge; they differ in" in err and "Traceback" not in err
     foreign = write_model(tmp_path / "foreign", base=base_network(seed=3))
     with pytest.raises(TransplantError, match=r"theta_0 \(SHA-256\)"):

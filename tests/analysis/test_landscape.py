@@ -32,10 +32,8 @@ SMALL = {"patches": 2, "points": 3, "line_points": 3}
 
 
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+def models(tmp_path: Path, nnunet_folders: None) -> dict[str, Path]:
     """A base, two experts fine-tuned from it, and two folds of the base's labels."""
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS, shape=(10, 12, 12))
     network = base_network(LABELS, PLANS)
     folders = {"base": write_model(tmp_path / "base", LABELS, plans=PLANS, change=network.state_dict())}

@@ -18,9 +18,7 @@ LABELS = {"background": 0, "A": 1, "B": 2}
 
 
 @pytest.fixture(autouse=True)
-def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+def raw(tmp_path: Path, nnunet_folders: None) -> Path:
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS, shape=(20, 18, 22))
     return tmp_path / "raw"
 

@@ -22,9 +22,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+def dataset(tmp_path: Path, nnunet_folders: None) -> Path:
     folder = write_volumes(tmp_path / "raw", DATASET, LABELS, cases=4, shape=(16, 18, 20))
     splits = tmp_path / "preprocessed" / DATASET / "splits_final.json"
     splits.parent.mkdir(parents=True)

@@ -27,9 +27,7 @@ FILES = ["study.log", "sweep.csv", "sweep.json", "sweep.png", "table.txt", "weig
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+def dataset(tmp_path: Path, nnunet_folders: None) -> Path:
     folder = write_volumes(tmp_path / "raw", DATASET, LABELS, cases=6, shape=(16, 16, 16))
     write_splits([{"train": ["case_5"], "val": ["case_0", "case_1", "case_2", "case_3"]},
                   {"train": ["case_0"], "val": ["case_5"]}], tmp_path)

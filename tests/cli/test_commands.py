@@ -1,5 +1,4 @@
 """The commands as a user meets them: help with an example, and one clear line with a non-zero exit for bad input."""
-import importlib
 import os
 import resource
 import subprocess
@@ -14,21 +13,6 @@ from factory import base_network, small_plans, write_model
 
 COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "interference", "flatness",
             "sweep", "landscape", "report", "demo")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """A command in this process: exit status, stdout, stderr."""
-    def run(name: str, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"nnunet_transplant_{name}", *map(str, arguments)])
-        try:
-            importlib.import_module(f"nnunet_transplant.cli.{name}").main()
-            status = 0
-        except SystemExit as leave:
-            status = leave.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-    return run
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -28,9 +28,7 @@ def opened(tmp_path: Path, models: list[Path], volumes: Volumes) -> Calibration:
 
 
 @pytest.fixture
-def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+def raw(tmp_path: Path, nnunet_folders: None) -> Path:
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS)
     return tmp_path / "raw"
 

@@ -15,9 +15,7 @@ LABELS = {"background": 0, "Liver": 1, "Spleen": 2}
 
 
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+def models(tmp_path: Path, nnunet_folders: None) -> list[Path]:
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS, shape=(16, 16, 16))
     base = base_network()
     return [write_model(tmp_path / name, {"background": 0, name: 1}, base=base, seed=i)

@@ -24,9 +24,7 @@ def batch_normed(dim: int) -> dict:
 
 
 @pytest.fixture
-def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Volumes:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+def volumes(tmp_path: Path, nnunet_folders: None) -> Volumes:
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS)
     return Volumes([501], 2)
 

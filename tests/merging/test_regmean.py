@@ -74,9 +74,7 @@ def test_inputs_that_are_never_seen_take_the_mean_and_equal_ones_do_not_explode(
 
 
 @pytest.fixture
-def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Volumes:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+def volumes(tmp_path: Path, nnunet_folders: None) -> Volumes:
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "A": 1, "B": 2}, shape=(16, 16, 16))
     return Volumes([501], 2)
 

@@ -74,9 +74,7 @@ def test_tasks_are_added_and_dropped(tmp_path: Path, tasks: dict[str, Path], mer
 
 
 def test_volumes_are_remembered(tmp_path: Path, tasks: dict[str, Path], merge: Callable,
-                                monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("raw", "preprocessed", "results"):
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+                                nnunet_folders: None) -> None:
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "B": 1, "C": 2}, shape=(16, 16, 16))
     assert merge("fisher", "-m", tasks["B"], tasks["C"], "-method", "fisher", "-d", "501", "-n_cases", "1") == ""
     assert merge("again", "-from", tmp_path / "fisher") == ""
