@@ -1,9 +1,11 @@
 """What the experiments share: commands run as a user types them, once each, and nnU-Net's plans made small."""
+import copy
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunet_transplant.environment import ext_trainer_value
@@ -18,7 +20,6 @@ class Steps:
         self.work = work.resolve()
         self.raw, self.preprocessed, self.results = (self.work / name for name in ("raw", "preprocessed", "results"))
         self.log = self.work / "seconds.json"
-        self.bin = Path(sys.executable).parent
         trainers = Path(__file__).parent.resolve() / "trainers"
         self.environment = os.environ | {
             "nnUNet_raw": str(self.raw), "nnUNet_preprocessed": str(self.preprocessed),
@@ -31,13 +32,25 @@ class Steps:
             return
         print(f"$ {command}", flush=True)
         start = time.time()
-        program, *arguments = command.split()
-        subprocess.run([str(self.bin / program), *arguments], env=self.environment, check=True)
+        execute(command.split(), self.environment)
         seconds = json.loads(self.log.read_text()) if self.log.exists() else {}
         self.log.write_text(json.dumps(seconds | {command: round(time.time() - start)}, indent=1))
 
+    def into(self, results: str) -> "Steps":
+        """The same, but models are trained into another folder of nnU-Net results: a second run of a trainer has no
+        other place."""
+        other = copy.copy(self)
+        other.results = self.work / results
+        other.environment = self.environment | {"nnUNet_results": str(other.results)}
+        return other
+
     def model(self, dataset: str, trainer: str, plans: str = PLANS) -> Path:
         return self.results / dataset / f"{trainer}__{plans}__3d_fullres"
+
+
+def execute(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    program, *arguments = command
+    subprocess.run([str(Path(sys.executable).with_name(program)), *arguments], env=environment, check=True)
 
 
 def write_small_plans(preprocessed: Path, name: str = PLANS, features: int = 16) -> None:

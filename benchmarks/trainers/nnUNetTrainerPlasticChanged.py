@@ -1,0 +1,35 @@
+"""nnUNetTrainerPlastic with one of the three things changed that make it nnUNetTrainerStable, each with variants of any
+length; and task vectors of zero: new heads on a base that stays as it is."""
+from collections.abc import Callable
+
+from nnunet_transplant.training import TaskVectorTrainer, TransplantTrainer, variants_of
+
+
+class nnUNetTrainerPlasticBatch4(TransplantTrainer):
+    effective_batch_size = 4
+    learning_rate = 1e-4
+
+
+class nnUNetTrainerPlasticDropout(TransplantTrainer):
+    effective_batch_size = 8
+    learning_rate = 1e-4
+    dropout = 0.5
+
+
+class nnUNetTrainerPlasticRate(TransplantTrainer):
+    effective_batch_size = 8
+    learning_rate = 1e-3
+
+
+class nnUNetTrainerHeadsOnly(TaskVectorTrainer):
+    def before_step(self) -> None:
+        for p in self.optimizer.param_groups[0]["params"]:
+            p.grad = None
+
+
+def __getattr__(name: str) -> Callable:
+    for trainer in (nnUNetTrainerPlasticBatch4, nnUNetTrainerPlasticDropout, nnUNetTrainerPlasticRate,
+                    nnUNetTrainerHeadsOnly):
+        if name.startswith(trainer.__name__):
+            return variants_of(trainer)(name)
+    raise AttributeError(name)

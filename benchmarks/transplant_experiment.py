@@ -1,0 +1,251 @@
+"""Does a stable base make models merge? U-Net Transplant's experiments (Lumetti et al., MICCAI 2025) on open data.
+
+    python benchmarks/transplant_experiment.py WORK -hippocampus DATA/Dataset004_Hippocampus \
+        -brain MAKE_BRAIN_DATASET.PY -documentation documentation
+
+Trains bases under the paper's two regimes and with one thing changed at a time, all on as many patches; fine-tunes task
+vectors from them, three times from the two main ones; merges all pairs and all tasks, with default weights and with
+weights searched on cases of their own; and scores everything on cases that no training and no search saw. Beside them
+joint models, experts, and the base with new heads only. Then it measures curvature and interference.
+
+Every step is a command a user types, run as such. A step whose result is there is skipped, so an interrupted run goes
+on, and what is there so far makes the tables. Without -documentation it prints them.
+"""
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from steps import Steps
+from transplant_settings import BASE, SEARCH, TEST, Setting, brain, hippocampus
+
+MAIN = ("Stable", "Plastic")
+REGIMES = {"Stable": ("nnUNetTrainerStable", 4), "Plastic": ("nnUNetTrainerPlastic", 8),  # trainer, patches a step
+           "Plastic, batch 4": ("nnUNetTrainerPlasticBatch4", 4),
+           "Plastic, dropout 0.5": ("nnUNetTrainerPlasticDropout", 8),
+           "Plastic, rate 1e-3": ("nnUNetTrainerPlasticRate", 8)}
+METHODS = {"average": "task_arithmetic", "ties": "ties"}  # the method with default weights, and what a search turns
+
+
+@dataclass(frozen=True)
+class Scale:
+    """features: of the first stage, None for nnU-Net's own plans. base_patches: that each base of a setting is trained
+    on, in so many epochs. task_steps: of eight patches, in so many epochs; suffix: of all trainers.
+    seeds: fine-tunings from a main base. searched_seeds: of these, whose merges' weights are searched, in so many
+    trials on so many cases; grid: values of both weights in the full map.
+    """
+    features: int | None
+    base_patches: dict[str, int]
+    base_epochs: int
+    task_steps: int
+    task_epochs: int
+    suffix: str
+    seeds: int
+    searched_seeds: dict[str, int]
+    trials: dict[str, int]
+    search_cases: int
+    grid: int
+    curvature: str
+    all_joints: bool
+
+    def trainer(self, name: str, epochs: int, steps: int) -> str:
+        return f"{name}_{epochs}epochs_{steps // epochs}iterations{self.suffix}"
+
+
+SCALES = {
+    "toy": Scale(4, {"hippocampus": 16, "brain": 16}, 1, 2, 2, "_NoMirroring", 2, {"hippocampus": 1, "brain": 1},
+                 {"hippocampus": 2, "brain": 2}, 1, 2, "-n_patches 1 -n_eigenvalues 1 -n_probes 1", False),
+    "small": Scale(16, {"hippocampus": 6000, "brain": 12000}, 10, 250, 10, "_NoMirroring", 3,
+                   {"hippocampus": 3, "brain": 1}, {"hippocampus": 44, "brain": 20}, 6, 21,
+                   "-n_patches 16 -n_eigenvalues 10 -n_probes 6", False),
+    "full": Scale(None, {"hippocampus": 100000, "brain": 100000}, 100, 2500, 10, "", 3,
+                  {"hippocampus": 3, "brain": 3}, {"hippocampus": 44, "brain": 60}, 16, 21,
+                  "-n_patches 64 -n_eigenvalues 10 -n_probes 10", True)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base and what was fine-tuned from it and merged; evaluations by what they are about."""
+    regime: str
+    seed: int
+    base: Path
+    experts: dict[str, Path]
+    work: Path
+
+    def models(self, tasks: Sequence[str]) -> str:
+        return " ".join(str(self.experts[task]) for task in tasks)
+
+
+class Experiment:
+    """One setting: its steps, in the order of what they tell."""
+
+    def __init__(self, setting: Setting, scale: Scale, device: str) -> None:
+        self.setting, self.scale, self.device, self.run = setting, scale, device, setting.run
+        self.work = setting.run.work
+
+    def base(self, regime: str) -> Path:
+        trainer, batch = REGIMES[regime]
+        steps = self.scale.base_patches[self.setting.name] // batch
+        return self._train(self.run, self.setting.base, BASE,
+                           self.scale.trainer(trainer, self.scale.base_epochs, steps))
+
+    def family(self, regime: str, seed: int) -> Family:
+        base = self.base(regime)
+        name = f"{folder_name(regime)}_{seed}"
+        experts = {task: self._tune(dataset, base, name) for task, dataset in self.setting.tasks.items()}
+        return Family(regime, seed, base, experts, self.work / name)
+
+    def _tune(self, dataset: str, base: Path, results: str, trainer: str = "nnUNetTrainerTaskVector") -> Path:
+        return self._train(self.run.into(f"{results}/results"), dataset, TEST,
+                           self.scale.trainer(trainer, self.scale.task_epochs, self.scale.task_steps), base)
+
+    def _train(self, run: Steps, dataset: str, fold: int, trainer: str, base: Path | None = None) -> Path:
+        model = run.model(dataset, trainer, self.setting.plans)
+        start = "" if base is None else f" -pretrained_weights {base}/fold_{BASE}/checkpoint_final.pth"
+        run(model / f"fold_{fold}" / "checkpoint_final.pth",
+            f"nnUNetv2_train {dataset} 3d_fullres {fold} -tr {trainer} -p {self.setting.plans} "
+            f"-device {self.device}{start}")
+        return model
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is made of a family
+
+    def merge(self, family: Family) -> None:
+        """All merges with default weights, scored beside the experts and the base."""
+        merged = []
+        for tasks in self.setting.merges:
+            for method in METHODS:
+                merged.append(family.work / "merged" / merge_name(method, "default", tasks))
+                self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
+                                     f"-method {method}")
+        self._score(family, "default", [*family.experts.values(), *merged])
+        self._score(family, "base", [family.base])
+
+    def search(self, family: Family) -> None:
+        """The same with searched weights."""
+        merged = []
+        for tasks in self.setting.merges:
+            for method, turned in METHODS.items():
+                name = merge_name(method, "searched", tasks)
+                sweep = family.work / "searches" / name
+                self._sweep(family, tasks, sweep, f"-trials {self.scale.trials[self.setting.name]} -sampler gp "
+                                                  f"-method {turned}")
+                merged.append(family.work / "merged" / name)
+                self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
+                                     f"-method {turned} -weights @{sweep}/weights.json")
+        self._score(family, "searched", merged)
+
+    def map(self, family: Family) -> None:
+        """The paper's Fig. 3, of the first two tasks, and the merge with its best weights."""
+        tasks = self.setting.merges[0]
+        sweep = family.work / "map"
+        self._sweep(family, tasks, sweep, f"-grid {self.scale.grid}")
+        merged = family.work / "merged" / merge_name("average", "grid", tasks)
+        self.run(merged, f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged} "
+                         f"-method task_arithmetic -weights @{sweep}/weights.json")
+        self._score(family, "grid", [merged])
+
+    def _sweep(self, family: Family, tasks: Sequence[str], output: Path, options: str) -> None:
+        self.run(output / "weights.json",
+                 f"nnunet_transplant_sweep -m {family.models(tasks)} -d {self.setting.whole} -f {SEARCH} -tune 1 "
+                 f"-n_cases {self.scale.search_cases} -device {self.device} -o {output} {options}")
+
+    def heads_only(self, family: Family) -> None:
+        """The base as it is with new heads, merged: what merging is to beat."""
+        models = [self._tune(dataset, family.base, family.work.name, "nnUNetTrainerHeadsOnly")
+                  for dataset in self.setting.tasks.values()]
+        merged = family.work / "merged" / "heads_only"
+        self.run(merged, f"nnunet_transplant_merge -m {' '.join(map(str, models))} -f {TEST} -o {merged}")
+        self._score(family, "heads_only", [merged])
+
+    def joint(self, family: Family) -> None:
+        """One model trained for several tasks at once: of all, of the pair that merges best, and of the worst."""
+        scores = read_scores(family.work / "scores" / "default").groupby("model")["dice"].mean()
+        pairs = sorted((each for each in self.setting.merges if len(each) == 2),
+                       key=lambda each: scores[merge_name("average", "default", each)])
+        every = self.setting.merges[-1]
+        chosen = self.setting.merges if self.scale.all_joints else dict.fromkeys((every, pairs[-1], pairs[0]))
+        for tasks in chosen:
+            model = self._tune(self.setting.joints[tasks], family.base, family.work.name)
+            self._score(family, f"joint_{'-'.join(tasks)}", [model])
+
+    def _score(self, family: Family, name: str, models: Sequence[Path]) -> None:
+        output = family.work / "scores" / name
+        self.run(output, f"nnunet_transplant_evaluate -m {' '.join(map(str, models))} -d {self.setting.whole} "
+                         f"-f {TEST} -o {output} -device {self.device}")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What may say beforehand how a family merges
+
+    def curvature(self, families: Sequence[Family]) -> None:
+        """Of each family's base, on the cases it was trained on: a minimum is one of these cases' loss."""
+        tasks = " ".join(str(expert) for family in families for expert in family.experts.values())
+        bases = " ".join(dict.fromkeys(str(family.base) for family in families))
+        output = self.work / "curvature" / "_".join(folder_name(family.regime) for family in families)
+        self.run(output, f"nnunet_transplant_flatness -m {bases} -tasks {tasks} -d {self.setting.base} "
+                         f"-cases train:{BASE} {self.scale.curvature} -device {self.device} -o {output}")
+
+    def interference(self, family: Family) -> None:
+        for tasks in self.setting.merges:
+            output = family.work / "interference" / "-".join(tasks)
+            self.run(output, f"nnunet_transplant_interference -m {family.models(tasks)} -f {TEST} -o {output}")
+
+    def __call__(self) -> None:
+        """In the order of what it tells: the main bases, more fine-tunings of them, the bases with one change."""
+        first = [self._merged_family(regime, 0) for regime in MAIN]
+        self.curvature(first)
+        for family in first:
+            if len(self.setting.tasks) == 2:
+                self.map(family)
+        for family in first:
+            self.search(family)
+            self.heads_only(family)
+            self.joint(family)
+        for seed in range(1, self.scale.seeds):
+            for regime in MAIN:
+                family = self._merged_family(regime, seed)
+                if seed < self.scale.searched_seeds[self.setting.name]:
+                    self.search(family)
+        for regime in REGIMES:
+            if regime not in MAIN:
+                self.curvature([self._merged_family(regime, 0)])
+
+    def _merged_family(self, regime: str, seed: int) -> Family:
+        family = self.family(regime, seed)
+        self.merge(family)
+        self.interference(family)
+        return family
+
+
+def folder_name(regime: str) -> str:
+    return regime.replace(", ", "_").replace(" ", "_")
+
+
+def merge_name(method: str, weights: str, tasks: Sequence[str]) -> str:
+    return f"{method}_{weights}_{'-'.join(tasks)}"
+
+
+def read_scores(folder: Path) -> pd.DataFrame:
+    """The mean Dice by model and structure."""
+    table = pd.read_csv(folder / "evaluation.csv")
+    return table.groupby(["model", "structure"], sort=False)["dice"].mean().reset_index()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for everything that is trained and measured")
+    parser.add_argument("-hippocampus", type=Path, help="Dataset004_Hippocampus in nnU-Net raw format")
+    parser.add_argument("-brain", type=Path, help="make_brain_dataset.py, with its label maps beside it")
+    parser.add_argument("-documentation", type=Path, help="folder whose results.md and figures are written anew")
+    parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("-device", default="cpu")
+    args = parser.parse_args()
+    scale = SCALES[args.scale]
+    for name, data, prepare in (("hippocampus", args.hippocampus, hippocampus), ("brain", args.brain, brain)):
+        if data is not None:
+            Experiment(prepare(Steps(args.work / name), data.resolve(), scale.features), scale, args.device)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The two data sets of transplant_experiment.py, made ready for nnU-Net: which cases a base sees, which its tasks,
+which choose the weights of merges, and which test."""
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from steps import Steps, write_small_plans, write_splits
+
+# folds: what trains a base; what trains tasks, with the test cases for validation, and with those of searches
+BASE, TEST, SEARCH = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """base: the data set that bases are trained on; whole: the one with all structures of the tasks, which everything
+    is scored on. tasks: data set by structure. joints: data set of several structures, by these."""
+    name: str
+    run: Steps
+    plans: str
+    base: str
+    whole: str
+    tasks: Mapping[str, str]
+    joints: Mapping[tuple[str, ...], str]
+
+    @property
+    def merges(self) -> list[tuple[str, ...]]:
+        """The structures of each merge: all pairs, and all together."""
+        return list(self.joints)
+
+
+def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    pairs = list(combinations(tasks, 2))
+    return pairs if len(tasks) == 2 else [*pairs, tuple(tasks)]
+
+
+def hippocampus(run: Steps, data: Path, features: int | None) -> Setting:
+    """Dataset004_Hippocampus: nnU-Net's first fold keeps its validation cases: three of five test, two choose weights.
+    Of the others one half trains the base with both structures, the other the tasks."""
+    name, tasks = "Dataset004_Hippocampus", ("Anterior", "Posterior")
+    raw, preprocessed = run.raw / name, run.preprocessed / name
+    if not raw.exists():
+        shutil.copytree(data, raw)
+    run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
+    first = generate_crossval_split(_cases(raw), seed=12345, n_splits=5)[0]
+    tests, searched = ([case for i, case in enumerate(first["val"]) if (i % 5 < 3) == part] for part in (True, False))
+    splits = [{"train": first["train"][half::2], "val": cases}
+              for half, cases in ((0, tests), (1, tests), (1, searched))]
+    write_splits(preprocessed, splits)
+    return _split_tasks(run, "hippocampus", name, name, tasks, splits, features, first_id=901)
+
+
+def brain(run: Steps, renderer: Path, features: int | None) -> Setting:
+    """Volumes of 4 mm rendered from brain anatomies: the base sees T1 contrast with 11 structures (subjects 1 to 10),
+    the tasks T2 contrast of subjects 11 to 14, four renderings of each; two more choose weights. Subjects 15 and 16
+    test, four renderings of each."""
+    base, whole = "Dataset201_BrainT1", "Dataset202_BrainT2"
+    for name, contrast, subjects, renders in ((base, "t1", "1-10", 4), (whole, "t2", "11-16", 6)):
+        run(run.raw / name / "dataset.json", f"python {renderer} {run.raw / name} --contrast {contrast} "
+                                             f"--subjects {subjects} --renders {renders} --spacing 4")
+    run(run.preprocessed / base / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 201 -c 3d_fullres -np 2")
+    cases = _cases(run.raw / base)  # all but a few that show how the base learns; its own subjects are no test
+    write_splits(run.preprocessed / base, [{"train": cases[:-4], "val": cases[-4:]}])
+
+    def chosen(subjects: Sequence[str], renders: Sequence[str]) -> list[str]:
+        return [case for case in _cases(run.raw / whole) if case[6:8] in subjects and case[9:] in renders]
+
+    first = ("00", "01", "02", "03")
+    training, tests = chosen(("11", "12", "13", "14"), first), chosen(("15", "16"), first)
+    searched = chosen(("11", "12", "13", "14"), ("04", "05"))
+    splits = [{"train": training, "val": part} for part in (tests, tests, searched)]
+    (run.preprocessed / whole).mkdir(parents=True, exist_ok=True)
+    write_splits(run.preprocessed / whole, splits)
+    return _split_tasks(run, "brain", base, whole, ("Thalamus", "LateralVentricle", "Cerebellum", "Brainstem"), splits,
+                        features, first_id=911)
+
+
+def _split_tasks(run: Steps, name: str, base: str, whole: str, tasks: Sequence[str], splits: Sequence[Mapping],
+                 features: int | None, first_id: int) -> Setting:
+    """A data set for each task and for all that are merged together, preprocessed by the base's plans: nnU-Net's own,
+    or with so many features small ones."""
+    plans = "nnUNetPlans" if features is None else "nnUNetPlansSmall"
+    if features is not None:
+        write_small_plans(run.preprocessed / base, plans, features)
+    structures = {task: (task,) for task in tasks} | {f"Joint{''.join(each)}": each for each in together(tasks)}
+    ids = range(first_id, first_id + len(structures))
+    datasets = {short: f"Dataset{number}_{short}" for number, short in zip(ids, structures, strict=True)}
+    run(run.raw / [*datasets.values()][-1],
+        f"nnunet_transplant_split_tasks -d {whole} {'' if whole == base else f'-plans_from {base} '}-tasks "
+        + " ".join(f"{short}={'+'.join(each)}" for short, each in structures.items())
+        + f" -ids {' '.join(map(str, ids))} -p {plans}")
+    for dataset in datasets.values():
+        write_splits(run.preprocessed / dataset, splits)
+    return Setting(name, run, plans, base, whole, {task: datasets[task] for task in tasks},
+                   {each: datasets[f"Joint{''.join(each)}"] for each in together(tasks)})
+
+
+def _cases(raw: Path) -> list[str]:
+    return sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
