@@ -9,22 +9,28 @@ weights searched on cases of their own; and scores everything on cases that no t
 joint models, experts, and the base with new heads only. Then it measures curvature and interference.
 
 Every step is a command a user types, run as such. A step whose result is there is skipped, so an interrupted run goes
-on, and what is there so far makes the tables. Without -documentation it prints them.
+on. Without -documentation it prints the tables; with --tables it only makes them, from what is there so far.
 """
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from steps import Steps
-from transplant_settings import BASE, SEARCH, TEST, Setting, brain, hippocampus
+from transplant_settings import BASE, MAIN, REGIMES, SEARCH, TEST, Setting, brain, folder_name, hippocampus
+from transplant_tables import (
+    markdown,
+    others,
+    pairs,
+    rank_correlations,
+    save_four_tasks_figure,
+    table_1,
+    table_3,
+    write_section,
+)
 
-MAIN = ("Stable", "Plastic")
-REGIMES = {"Stable": ("nnUNetTrainerStable", 4), "Plastic": ("nnUNetTrainerPlastic", 8),  # trainer, patches a step
-           "Plastic, batch 4": ("nnUNetTrainerPlasticBatch4", 4),
-           "Plastic, dropout 0.5": ("nnUNetTrainerPlasticDropout", 8),
-           "Plastic, rate 1e-3": ("nnUNetTrainerPlasticRate", 8)}
 METHODS = {"average": "task_arithmetic", "ties": "ties"}  # the method with default weights, and what a search turns
 
 
@@ -120,7 +126,8 @@ class Experiment:
                 self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
                                      f"-method {method}")
         self._score(family, "default", [*family.experts.values(), *merged])
-        self._score(family, "base", [family.base])
+        if family.seed == 0:
+            self._score(family, "base", [family.base], self.setting.base, BASE)
 
     def search(self, family: Family) -> None:
         """The same with searched weights."""
@@ -161,7 +168,7 @@ class Experiment:
 
     def joint(self, family: Family) -> None:
         """One model trained for several tasks at once: of all, of the pair that merges best, and of the worst."""
-        scores = read_scores(family.work / "scores" / "default").groupby("model")["dice"].mean()
+        scores = pd.read_csv(family.work / "scores" / "default" / "evaluation.csv").groupby("model")["dice"].mean()
         pairs = sorted((each for each in self.setting.merges if len(each) == 2),
                        key=lambda each: scores[merge_name("average", "default", each)])
         every = self.setting.merges[-1]
@@ -170,10 +177,11 @@ class Experiment:
             model = self._tune(self.setting.joints[tasks], family.base, family.work.name)
             self._score(family, f"joint_{'-'.join(tasks)}", [model])
 
-    def _score(self, family: Family, name: str, models: Sequence[Path]) -> None:
+    def _score(self, family: Family, name: str, models: Sequence[Path], dataset: str | None = None,
+               fold: int = TEST) -> None:
         output = family.work / "scores" / name
-        self.run(output, f"nnunet_transplant_evaluate -m {' '.join(map(str, models))} -d {self.setting.whole} "
-                         f"-f {TEST} -o {output} -device {self.device}")
+        self.run(output, f"nnunet_transplant_evaluate -m {' '.join(map(str, models))} "
+                         f"-d {dataset or self.setting.whole} -f {fold} -o {output} -device {self.device}")
 
     # -----------------------------------------------------------------------------------------------------------------
     # What may say beforehand how a family merges
@@ -187,9 +195,8 @@ class Experiment:
                          f"-cases train:{BASE} {self.scale.curvature} -device {self.device} -o {output}")
 
     def interference(self, family: Family) -> None:
-        for tasks in self.setting.merges:
-            output = family.work / "interference" / "-".join(tasks)
-            self.run(output, f"nnunet_transplant_interference -m {family.models(tasks)} -f {TEST} -o {output}")
+        output = family.work / "interference"
+        self.run(output, f"nnunet_transplant_interference -m {family.models(self.setting.tasks)} -f {TEST} -o {output}")
 
     def __call__(self) -> None:
         """In the order of what it tells: the main bases, more fine-tunings of them, the bases with one change."""
@@ -218,18 +225,29 @@ class Experiment:
         return family
 
 
-def folder_name(regime: str) -> str:
-    return regime.replace(", ", "_").replace(" ", "_")
-
-
 def merge_name(method: str, weights: str, tasks: Sequence[str]) -> str:
     return f"{method}_{weights}_{'-'.join(tasks)}"
 
 
-def read_scores(folder: Path) -> pd.DataFrame:
-    """The mean Dice by model and structure."""
-    table = pd.read_csv(folder / "evaluation.csv")
-    return table.groupby(["model", "structure"], sort=False)["dice"].mean().reset_index()
+def show(setting: Setting, documentation: Path | None) -> None:
+    """Print the tables, or write them and the figures into the documentation."""
+    work = setting.run.work
+    known = pairs(work)
+    tables = {"bases": table_1(work), "merges": table_3(work), "bases with other heads": others(work), "pairs": known,
+              "rank correlations": rank_correlations(known)}
+    for name, table in tables.items():
+        if documentation is None:
+            print(f"{setting.name}: {name}\n{table.to_string()}\n")
+        else:
+            write_section(documentation / "results.md", f"{setting.name}: {name}", markdown(table))
+    if documentation is not None:
+        shutil.copy(work / "curvature" / "_".join(MAIN) / "flatness.png", documentation / f"{setting.name}_flatness.png")
+        for regime in MAIN:
+            file = work / f"{folder_name(regime)}_0" / "map" / "sweep.png"
+            if file.exists():
+                shutil.copy(file, documentation / f"{setting.name}_map_{regime.lower()}.png")
+        if len(setting.tasks) > 2:
+            save_four_tasks_figure(work, [*setting.tasks], documentation / f"{setting.name}_merged.png")
 
 
 def main() -> None:
@@ -239,12 +257,16 @@ def main() -> None:
     parser.add_argument("-brain", type=Path, help="make_brain_dataset.py, with its label maps beside it")
     parser.add_argument("-documentation", type=Path, help="folder whose results.md and figures are written anew")
     parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--tables", action="store_true", help="train and measure nothing")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     scale = SCALES[args.scale]
     for name, data, prepare in (("hippocampus", args.hippocampus, hippocampus), ("brain", args.brain, brain)):
         if data is not None:
-            Experiment(prepare(Steps(args.work / name), data.resolve(), scale.features), scale, args.device)()
+            setting = prepare(Steps(args.work / name), data.resolve(), scale.features)
+            if not args.tables:
+                Experiment(setting, scale, args.device)()
+            show(setting, args.documentation)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The two data sets of transplant_experiment.py, made ready for nnU-Net: which cases a base sees, which its tasks,
-which choose the weights of merges, and which test."""
+"""The regimes and the two data sets of transplant_experiment.py, these made ready for nnU-Net: which cases a base sees,
+which its tasks, which choose the weights of merges, and which test."""
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,11 @@ from steps import Steps, write_small_plans, write_splits
 
 # folds: what trains a base; what trains tasks, with the test cases for validation, and with those of searches
 BASE, TEST, SEARCH = 0, 1, 2
+MAIN = ("Stable", "Plastic")
+REGIMES = {"Stable": ("nnUNetTrainerStable", 4), "Plastic": ("nnUNetTrainerPlastic", 8),  # trainer, patches a step
+           "Plastic, batch 4": ("nnUNetTrainerPlasticBatch4", 4),
+           "Plastic, dropout 0.5": ("nnUNetTrainerPlasticDropout", 8),
+           "Plastic, rate 1e-3": ("nnUNetTrainerPlasticRate", 8)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class Setting:
     def merges(self) -> list[tuple[str, ...]]:
         """The structures of each merge: all pairs, and all together."""
         return list(self.joints)
+
+
+def folder_name(regime: str) -> str:
+    return regime.replace(", ", "_").replace(" ", "_")
 
 
 def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:

@@ -1,0 +1,181 @@
+"""The tables and figures of transplant_experiment.py, from whatever of its results is there."""
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+from transplant_settings import MAIN, REGIMES, folder_name
+
+from nnunet_transplant.plotting import save_dice_figure
+
+KINDS = ("average default", "average searched", "ties default", "ties searched")
+TITLES = {"average default": "average", "average searched": "average, searched", "ties default": "TIES",
+          "ties searched": "TIES, searched"}
+
+
+def families(work: Path) -> Iterator[tuple[str, int, Path]]:
+    """(regime, seed, folder) of everything that was fine-tuned so far."""
+    for regime in REGIMES:
+        for folder in sorted(work.glob(f"{folder_name(regime)}_[0-9]")):
+            yield regime, int(folder.name.rpartition("_")[2]), folder
+
+
+def scores(work: Path) -> pd.DataFrame:
+    """Dice of each case: regime, seed, kind of model, tasks that it is of, structure, case, dice."""
+    found = []
+    for regime, seed, folder in families(work):
+        for file in sorted(folder.glob("scores/*/evaluation.csv")):
+            table = pd.read_csv(file)
+            named = [_kind(file.parent.name, label, structure)
+                     for label, structure in zip(table["model"], table["structure"], strict=True)]
+            found.append(table.assign(regime=regime, seed=seed, kind=[kind for kind, _ in named],
+                                      tasks=[tasks for _, tasks in named]))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def _kind(folder: str, label: str, structure: str) -> tuple[str, str]:
+    """What a row of an evaluation is about, from how the experiment names its folders."""
+    if match := re.fullmatch(r"(average|ties)_(default|searched|grid)_(.+)", label):
+        return f"{match[1]} {match[2]}", match[3]
+    if folder.startswith("joint_"):
+        return "joint", folder.removeprefix("joint_")
+    if label == "heads_only":
+        return "heads only", ""
+    return ("base" if folder == "base" else "expert"), structure
+
+
+def means(table: pd.DataFrame) -> pd.Series:
+    """The mean Dice over structures and cases, every structure with the same weight, of each model."""
+    keys = ["regime", "seed", "kind", "tasks"]
+    return table.groupby([*keys, "structure"])["dice"].mean().groupby(keys).mean()
+
+
+def curvature(work: Path) -> dict[str, dict]:
+    """What flatness measured of each regime's base."""
+    found = {}
+    for file in sorted((work / "curvature").glob("*/flatness.json")):
+        result = json.loads(file.read_text())
+        for path in result["models"]:
+            for regime, (trainer, _) in REGIMES.items():
+                if f"__{trainer}_" in path:
+                    found[regime] = result["models"][path]
+    return found
+
+
+def table_1(work: Path) -> pd.DataFrame:
+    """Each base's Dice and the width of its minimum (U-Net Transplant, Table 1)."""
+    dice = means(scores(work)[lambda rows: rows["kind"] == "base"].assign(tasks=""))
+    rows = {}
+    for regime, measured in curvature(work).items():
+        rows[regime] = [f"{dice[regime, 0, 'base', '']:.3f}", f"{measured['loss']:.3f}",
+                        f"{measured['fisher_trace']:.3g}", f"{measured['fisher_largest'][0]:.2g}",
+                        f"{measured['hessian_eigenvalues'][0]:.3g}",
+                        f"{measured['hessian_trace']:.3g} ± {measured['hessian_trace_error']:.2g}"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[
+        "Dice", "loss", "Fisher trace", "largest of Fisher", "lambda_1", "Hessian trace"]).reindex(
+            [regime for regime in REGIMES if regime in rows])
+
+
+def table_3(work: Path) -> pd.DataFrame:
+    """Tasks that are merged x method and weights, beside experts and the joint model: mean over the fine-tunings, and
+    where there are several, their range (U-Net Transplant, Table 3)."""
+    dice = means(scores(work))
+    experts = dice.xs("expert", level="kind")
+    rows = {}
+    for regime in REGIMES:
+        if regime not in dice.index.get_level_values("regime"):
+            continue
+        merged = dice[regime].xs("average default", level="kind").index.get_level_values("tasks").unique()
+        for tasks in sorted(merged, key=lambda each: each.count("-")):
+            each = {kind: dice[regime].xs(kind, level="kind").xs(tasks, level="tasks")
+                    for kind in (*KINDS, "joint") if (regime, 0, kind, tasks) in dice.index}
+            of_experts = pd.concat([experts[regime].xs(task, level="tasks") for task in tasks.split("-")])
+            rows[regime, tasks.replace("-", ", ")] = {
+                **{TITLES.get(kind, kind): _with_range(values) for kind, values in each.items()},
+                "experts": _with_range(of_experts.groupby("seed").mean())}
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=[*TITLES.values(), "joint", "experts"])
+
+
+def others(work: Path) -> pd.DataFrame:
+    """The base as it is, and with new heads only."""
+    dice = means(scores(work))
+    return pd.DataFrame({kind: dice.xs(kind, level="kind").groupby("regime", sort=False).mean()
+                         for kind in ("base", "heads only") if kind in dice.index.get_level_values("kind")})
+
+
+def _with_range(values: Sequence[float]) -> str:
+    values = np.asarray(values)
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
+def pairs(work: Path) -> pd.DataFrame:
+    """Every pair that was merged: what was known before, and what merging by default lost of the experts' Dice."""
+    dice, measured, rows = means(scores(work)), curvature(work), []
+    for regime, seed, folder in families(work):
+        file = folder / "interference" / "interference.csv"
+        if not file.exists():
+            continue
+        table = pd.read_csv(file)
+        whole = table[table["stage"] == table["stage"].iloc[-1]]
+        norms = whole[whole["other"].isna() & whole["task"].notna()].set_index("task")["norm"]
+        for _, pair in whole[whole["other"].notna()].iterrows():
+            tasks = [re.fullmatch(r"Dataset\d+_(.+?)__.+", label)[1] for label in (pair["task"], pair["other"])]
+            lengths = norms[[pair["task"], pair["other"]]]
+            row = {"regime": regime, "seed": seed, "tasks": ", ".join(tasks), "cosine": pair["cosine"],
+                   "sign conflict": pair["sign_conflict"], "overlap": pair["overlap"], "norm": lengths.mean()}
+            if regime in measured:
+                row["lambda_1"] = measured[regime]["hessian_eigenvalues"][0]
+                row["bound"] = 0.5 * row["lambda_1"] * (lengths ** 2).mean()
+            experts = np.mean([dice[regime, seed, "expert", task] for task in tasks])
+            for kind in ("average", "ties"):
+                row[f"lost by {kind}"] = experts - dice[regime, seed, f"{kind} default", "-".join(tasks)]
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rho between what is known before and what merging loses."""
+    before = [name for name in ("cosine", "sign conflict", "overlap", "norm", "lambda_1", "bound") if name in table]
+    lost = [name for name in table if name.startswith("lost by")]
+    return pd.DataFrame({name: {known: spearmanr(table[known], table[name], nan_policy="omit").statistic
+                                for known in before} for name in lost})
+
+
+def save_four_tasks_figure(work: Path, tasks: Sequence[str], path: Path) -> None:
+    """U-Net Transplant, Fig. 4: all tasks in one model, by both methods from both bases; a dot is a fine-tuning."""
+    table = scores(work)
+    table = table[table["tasks"] == "-".join(tasks)]
+    dice, models = {}, []
+    for regime in MAIN:
+        for method, title in (("average", "average"), ("ties", "TIES")):
+            rows = table[(table["regime"] == regime) & (table["kind"] == f"{method} default")]
+            models.append(f"{regime}, {title}")
+            by_seed = rows.groupby(["seed", "structure"])["dice"].mean().unstack()
+            for structure in tasks:
+                dice[structure, models[-1]] = by_seed[structure].tolist()
+            dice["Overall", models[-1]] = by_seed.mean(axis=1).tolist()
+    save_dice_figure(dice, [*tasks, "Overall"], models, f"{len(tasks)} tasks merged into one model", path)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table for documentation; no dependency more."""
+    rows = [[*(str(part) for part in (index if isinstance(index, tuple) else (index,))),
+             *("" if isinstance(cell, float) and np.isnan(cell) else f"{cell:.3f}" if isinstance(cell, float)
+               else str(cell) for cell in row)] for index, row in zip(table.index, table.to_numpy(object), strict=True)]
+    head = [*[""] * table.index.nlevels, *map(str, table.columns)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the two comments with this name, which the page must have."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise SystemExit(f"{page} has no place for {name}: it needs the lines {begin} and {end}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
