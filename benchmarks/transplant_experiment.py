@@ -31,6 +31,7 @@ from transplant_tables import (
     write_section,
 )
 
+TABLES = ("bases", "merges", "bases with new heads", "pairs", "rank correlations")
 METHODS = {"average": "task_arithmetic", "ties": "ties"}  # the method with default weights, and what a search turns
 
 
@@ -39,7 +40,7 @@ class Scale:
     """features: of the first stage, None for nnU-Net's own plans. base_patches: that each base of a setting is trained
     on, in so many epochs. task_steps: of eight patches, in so many epochs; suffix: of all trainers.
     seeds: fine-tunings from a main base. searched_seeds: of these, whose merges' weights are searched, in so many
-    trials on so many cases; grid: values of both weights in the full map.
+    trials on so many cases; grid: values of both weights in the full map. regimes: so many of REGIMES.
     """
     features: int | None
     base_patches: dict[str, int]
@@ -54,14 +55,15 @@ class Scale:
     grid: int
     curvature: str
     all_joints: bool
+    regimes: int = len(REGIMES)
 
     def trainer(self, name: str, epochs: int, steps: int) -> str:
         return f"{name}_{epochs}epochs_{steps // epochs}iterations{self.suffix}"
 
 
 SCALES = {
-    "toy": Scale(4, {"hippocampus": 16, "brain": 16}, 1, 2, 2, "_NoMirroring", 2, {"hippocampus": 1, "brain": 1},
-                 {"hippocampus": 2, "brain": 2}, 1, 2, "-n_patches 1 -n_eigenvalues 1 -n_probes 1", False),
+    "toy": Scale(4, {"hippocampus": 8, "brain": 8}, 1, 2, 2, "_NoMirroring", 1, {"hippocampus": 1, "brain": 0},
+                 {"hippocampus": 2, "brain": 0}, 1, 2, "-n_patches 1 -n_eigenvalues 1 -n_probes 2", False, regimes=3),
     "small": Scale(16, {"hippocampus": 6000, "brain": 12000}, 10, 250, 10, "_NoMirroring", 3,
                    {"hippocampus": 3, "brain": 1}, {"hippocampus": 44, "brain": 20}, 6, 21,
                    "-n_patches 16 -n_eigenvalues 10 -n_probes 6", False),
@@ -205,18 +207,16 @@ class Experiment:
         for family in first:
             if len(self.setting.tasks) == 2:
                 self.map(family)
-        for family in first:
-            self.search(family)
-            self.heads_only(family)
-            self.joint(family)
-        for seed in range(1, self.scale.seeds):
+        for seed in range(self.scale.seeds):
             for regime in MAIN:
                 family = self._merged_family(regime, seed)
                 if seed < self.scale.searched_seeds[self.setting.name]:
                     self.search(family)
-        for regime in REGIMES:
-            if regime not in MAIN:
-                self.curvature([self._merged_family(regime, 0)])
+                if seed == 0:
+                    self.heads_only(family)
+                    self.joint(family)
+        for regime in [*REGIMES][len(MAIN):self.scale.regimes]:
+            self.curvature([self._merged_family(regime, 0)])
 
     def _merged_family(self, regime: str, seed: int) -> Family:
         family = self.family(regime, seed)
@@ -233,15 +233,16 @@ def show(setting: Setting, documentation: Path | None) -> None:
     """Print the tables, or write them and the figures into the documentation."""
     work = setting.run.work
     known = pairs(work)
-    tables = {"bases": table_1(work), "merges": table_3(work), "bases with other heads": others(work), "pairs": known,
-              "rank correlations": rank_correlations(known)}
-    for name, table in tables.items():
+    tables = (table_1(work), table_3(work), others(work), known.set_index(["regime", "seed", "tasks"]),
+              rank_correlations(known))
+    for name, table in zip(TABLES, tables, strict=True):
         if documentation is None:
             print(f"{setting.name}: {name}\n{table.to_string()}\n")
         else:
             write_section(documentation / "results.md", f"{setting.name}: {name}", markdown(table))
     if documentation is not None:
-        shutil.copy(work / "curvature" / "_".join(MAIN) / "flatness.png", documentation / f"{setting.name}_flatness.png")
+        measured = work / "curvature" / "_".join(MAIN) / "flatness.png"
+        shutil.copy(measured, documentation / f"{setting.name}_flatness.png")
         for regime in MAIN:
             file = work / f"{folder_name(regime)}_0" / "map" / "sweep.png"
             if file.exists():

@@ -1,6 +1,7 @@
-"""nnU-Net's environment variables, as far as this package sets them."""
+"""nnU-Net's environment variables, as far as this package sets them, and the versions that results record."""
 import importlib.util
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -22,3 +23,8 @@ def ext_trainer_value() -> str:
 def use_our_trainers() -> None:
     """Let nnU-Net, in this process and those it starts, find our trainers beside any others."""
     os.environ["nnUNet_extTrainer"] = ext_trainer_value()
+
+
+def versions(*more: str) -> dict[str, str]:
+    """By package: this one, those whose behaviour any result depends on, and more."""
+    return {name: version(name) for name in sorted(("nnunet_transplant", "nnunetv2", "torch", *more))}

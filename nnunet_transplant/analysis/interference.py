@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from nnunet_transplant import checkpoint as checkpoints
-from nnunet_transplant.environment import use_our_trainers
+from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import aligned, mean_without_nan, model_labels
 from nnunet_transplant.heads import structures
@@ -229,7 +228,7 @@ def _provenance(models: Sequence[TrainedModel], result: Interference, base: Path
                 theta_0: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     sha256 = common_theta_0_sha256(models) or checkpoints.tensors_sha256(theta_0)
     hashes = in_parallel(checkpoints.file_sha256, [model.path for model in models])
-    return {"versions": {name: version(name) for name in ("nnunet_transplant", "nnunetv2", "torch")},
+    return {"versions": versions(),
             "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
             "inputs": [{"task": task, "path": str(model.path.resolve()), "sha256": digest, "fold": model.fold,
                         "structures": list(structures(model))}

@@ -78,10 +78,12 @@ def open_risk(model: TrainedModel, volumes: Volumes, patches: int, seed: int = 0
     return Risk(calibration, network.to(calibration.device).eval())
 
 
-def volumes_of(dataset: str | int, fold: str, patches: int, cases: str | None, device: str) -> Volumes:
-    """The validation cases of a fold, all cases, or those chosen: as many of them as patches, at most."""
-    chosen = cases if cases is not None else None if fold == "all" else f"val:{fold}"
-    return Volumes([dataset], n_cases=patches, cases=chosen, device=device)
+def volumes_of(dataset: str | int, fold: str | int, n_cases: int, cases: str | None = None,
+               device: str = "cpu") -> Volumes:
+    """The validation cases of a fold, all cases (fold "all"), or those chosen; of them so many."""
+    if cases is None and str(fold) != "all":
+        cases = f"val:{fold}"
+    return Volumes([dataset], n_cases, cases, device)
 
 
 def draw(model: TrainedModel, volumes: Volumes, count: int, seed: int) -> list[Patch]:

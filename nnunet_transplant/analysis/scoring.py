@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nnunet_transplant.analysis.risk import volumes_of
 from nnunet_transplant.architecture import bare
 from nnunet_transplant.data.cases import Cases
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import Target, find_cases
 from nnunet_transplant.heads import join, join_head, shares
 from nnunet_transplant.labels import has_regions
-from nnunet_transplant.merging import Recipe, Volumes, merge_models
+from nnunet_transplant.merging import Recipe, merge_models
 from nnunet_transplant.merging.calibration import preprocessed
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import find
@@ -45,8 +46,7 @@ def open_labelled_cases(dataset: str | int, fold: str | int, model: TrainedModel
     not fit, second stages of a cascade, and files that nnU-Net cannot read.
     """
     found = find_cases(dataset, fold)
-    volumes = Volumes([found.dataset], len(found.files) if n_cases is None else n_cases,
-                      None if str(fold) == "all" else f"val:{int(fold)}")
+    volumes = volumes_of(found.dataset, fold, len(found.files) if n_cases is None else n_cases)
     bar = tqdm(_readable(preprocessed(volumes, model), found.dataset), desc="reading cases", unit="case", delay=3,
                disable=not progress)
     volumes_read = list(bar)

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +28,7 @@ from nnunet_transplant.analysis.search import (
 )
 from nnunet_transplant.checkpoint import atomic_path, check_output, file_sha256
 from nnunet_transplant.data.cases import Cases
-from nnunet_transplant.environment import use_our_trainers
+from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import Target, aligned, find_cases, model_labels, name_targets
 from nnunet_transplant.heads import structures
@@ -276,7 +275,7 @@ def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Pat
         "ranges": job.space.described(), "seed": plan.seed, "tune": plan.tune, "grid": plan.grid,
         "trials": plan.trials, "sampler": None if plan.grid is not None else plan.sampler, "objective": plan.objective,
         "evaluations": len(trials), "seconds_per_evaluation": round(float(np.median(seconds)), 3), "notes": notes,
-        "versions": {name: version(name) for name in ("nnunet_transplant", "nnunetv2", "optuna", "torch")}}
+        "versions": versions("optuna")}
 
 
 def _with_mean(dice: Mapping[str, float]) -> dict[str, float | None]:

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import changes_network
+from nnunet_transplant.environment import versions
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import (
     JoinedHeads,
@@ -406,8 +406,7 @@ def write_merge(merged: dict[str, MergedModel], output: Path, overwrite: bool = 
         _write_json(first.dataset_json, folder / "dataset.json")
         if first.fingerprint is not None:
             shutil.copyfile(first.fingerprint, folder / "dataset_fingerprint.json")
-        versions = {name: version(name) for name in ("nnunet_transplant", "nnunetv2", "torch")}
-        _write_json({"versions": versions, "folds": {fold: model.provenance for fold, model in merged.items()}},
+        _write_json({"versions": versions(), "folds": {fold: model.provenance for fold, model in merged.items()}},
                     folder / "merge.json")
         for fold, model in merged.items():
             _write_fold(model, fold, folder / f"fold_{fold}")
