@@ -131,6 +131,17 @@ class Experiment:
         if family.seed == 0:
             self._score(family, "base", [family.base], self.setting.base, BASE)
 
+    def fit(self, family: Family) -> None:
+        """The same, then the head fitted to what the experts say of a few volumes: no labels, and not the papers'."""
+        merged = []
+        for tasks in self.setting.merges:
+            for method in METHODS:
+                merged.append(family.work / "merged" / merge_name(method, "fitted", tasks))
+                self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
+                                     f"-method {method} --fit_head -d {self.setting.whole} -cases train:{TEST} "
+                                     f"-n_cases {self.scale.search_cases} -data_device {self.device}")
+        self._score(family, "fitted", merged)
+
     def search(self, family: Family) -> None:
         """The same with searched weights."""
         merged = []
@@ -221,6 +232,7 @@ class Experiment:
     def _merged_family(self, regime: str, seed: int) -> Family:
         family = self.family(regime, seed)
         self.merge(family)
+        self.fit(family)
         self.interference(family)
         return family
 

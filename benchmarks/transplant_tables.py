@@ -11,9 +11,8 @@ from transplant_settings import MAIN, REGIMES, folder_name
 
 from nnunet_transplant.plotting import save_dice_figure
 
-KINDS = ("average default", "average searched", "ties default", "ties searched")
-TITLES = {"average default": "average", "average searched": "average, searched", "ties default": "TIES",
-          "ties searched": "TIES, searched"}
+TITLES = {f"{method} {kind}": title + more for method, title in (("average", "average"), ("ties", "TIES"))
+          for kind, more in (("default", ""), ("searched", ", searched"), ("fitted", ", head fitted"))}
 
 
 def families(work: Path) -> Iterator[tuple[str, int, Path]]:
@@ -38,7 +37,7 @@ def scores(work: Path) -> pd.DataFrame:
 
 def _kind(folder: str, label: str, structure: str) -> tuple[str, str]:
     """What a row of an evaluation is about, from how the experiment names its folders."""
-    if match := re.fullmatch(r"(average|ties)_(default|searched|grid)_(.+)", label):
+    if match := re.fullmatch(r"(average|ties)_(default|searched|fitted|grid)_(.+)", label):
         return f"{match[1]} {match[2]}", match[3]
     if folder.startswith("joint_"):
         return "joint", folder.removeprefix("joint_")
@@ -91,7 +90,7 @@ def table_3(work: Path) -> pd.DataFrame:
         merged = dice[regime].xs("average default", level="kind").index.get_level_values("tasks").unique()
         for tasks in sorted(merged, key=lambda each: each.count("-")):
             each = {kind: dice[regime].xs(kind, level="kind").xs(tasks, level="tasks")
-                    for kind in (*KINDS, "joint") if (regime, 0, kind, tasks) in dice.index}
+                    for kind in (*TITLES, "joint") if (regime, 0, kind, tasks) in dice.index}
             of_experts = pd.concat([experts[regime].xs(task, level="tasks") for task in tasks.split("-")])
             rows[regime, tasks.replace("-", ", ")] = {
                 **{TITLES.get(kind, kind): _with_range(values) for kind, values in each.items()},

@@ -90,7 +90,7 @@ def test_the_whole_experiment(experiment, tmp_path: Path, monkeypatch: pytest.Mo
         for tasks, missing in (("Anterior, Posterior", 0), ("Thalamus, LateralVentricle, Cerebellum, Brainstem", 2)):
             cells = re.search(rf"^\| {regime} \| {tasks} \| (.+) \|$", text, re.M)[1].split(" | ")
             dice = [float(cell) for cell in cells if cell.strip()]
-            assert len(cells) == 6 and len(dice) == 6 - missing and all(0 <= each <= 1 for each in dice), cells
+            assert len(cells) == 8 and len(dice) == 8 - missing and all(0 <= each <= 1 for each in dice), cells
         assert len(re.findall(rf"^\| {regime} \| \w+, \w+ \| .+ \|$", text, re.M)) == 7  # all pairs
     figures = {path.name for path in documentation.glob("*.png")}
     assert figures == {"brain_flatness.png", "brain_merged.png", "hippocampus_flatness.png",
