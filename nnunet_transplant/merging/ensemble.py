@@ -12,20 +12,17 @@ from nnunet_transplant.labels import has_regions
 from nnunet_transplant.merging.calibration import IGNORED, Calibration
 
 
-def ensemble_logits(calibration: Calibration, joined: JoinedHeads, what: str) -> list[torch.Tensor]:
-    """The logits (rows, *patch_size) of the ensemble for every patch, in half precision on the CPU: of models with the
-    same labels the mean, as nnU-Net's ensemble; of tasks their scores joined as their heads are."""
-    total: list[torch.Tensor] = []
-    for model in range(len(calibration.models)):
-        network = calibration.network(model)
-        for index, patch in enumerate(calibration.bar(calibration.patches, f"{what}, model {model + 1}")):
-            with torch.no_grad():
-                logits = part_of(network(calibration.images([patch]))[0], joined, model, len(calibration.models))
-            if model == 0:
-                total.append(logits.cpu())
-            else:
-                total[index] += logits.cpu()
-    return [logits.half() for logits in total]
+def ensemble_logits(calibration: Calibration, joined: JoinedHeads, what: str) -> Iterator[torch.Tensor]:
+    """The logits (rows, *patch_size) of the ensemble for every patch in turn, in half precision: of models with the
+    same labels the mean, as nnU-Net's ensemble; of tasks their scores joined as their heads are. Holds the networks of
+    all models, which are smaller than the logits of many patches."""
+    networks = [calibration.network(model) for model in range(len(calibration.models))]
+    for patch in calibration.bar(calibration.patches, what):
+        images = calibration.images([patch])
+        with torch.no_grad():
+            total = sum(part_of(network(images)[0], joined, model, len(networks))
+                        for model, network in enumerate(networks))
+        yield total.half()
 
 
 def part_of(logits: torch.Tensor, joined: JoinedHeads, model: int, models: int) -> torch.Tensor:
@@ -64,7 +61,7 @@ def agreement(calibration: Calibration, network: nn.Module, targets: Sequence[to
 
 def ensemble_targets(calibration: Calibration, joined: JoinedHeads) -> list[torch.Tensor]:
     regions = has_regions(calibration.dataset_json["labels"])
-    return [labels_of(logits[None].float(), regions)[0].to(torch.int8)
+    return [labels_of(logits[None].float(), regions)[0].to("cpu", torch.int8)
             for logits in ensemble_logits(calibration, joined, "ensemble")]
 
 
@@ -88,7 +85,6 @@ def fit_head(calibration: Calibration, joined: JoinedHeads, merged: dict[str, to
     positions: voxels taken of each patch at most, half of them where the ensemble is not sure of background. Raises
     TransplantError for a network whose output no single layer makes.
     """
-    teacher = ensemble_logits(calibration, joined, "ensemble")
     regions = has_regions(calibration.dataset_json["labels"])
     network = calibration.merged_network(merged)
     head = output_layer(network, calibration.images(calibration.patches[:1]))
@@ -97,10 +93,11 @@ def fit_head(calibration: Calibration, joined: JoinedHeads, merged: dict[str, to
 
     def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         read.append(inputs[0][0].flatten(1))
+    teacher = ensemble_logits(calibration, joined, "fitting the head")
     with torch.no_grad(), _hook(head, look):
-        for patch, target in zip(calibration.bar(calibration.patches, "fitting the head"), teacher, strict=True):
+        for patch, target in zip(calibration.patches, teacher, strict=True):
             network(calibration.images([patch]))
-            logits = target.float().to(calibration.device).flatten(1)
+            logits = target.float().flatten(1)
             probability = logits.sigmoid().amax(0) if regions else 1 - logits.softmax(0)[0]
             chosen = _half_from(probability > 0.01, positions, generator)
             constant = torch.full_like(read[-1][:1], head.bias is not None)
@@ -163,7 +160,7 @@ def polish(calibration: Calibration, joined: JoinedHeads, merged: dict[str, torc
 
     Raises TransplantError where the weights become NaN or Inf.
     """
-    teacher = ensemble_logits(calibration, joined, "ensemble")
+    teacher = [logits.cpu() for logits in ensemble_logits(calibration, joined, "ensemble")]
     regions = has_regions(calibration.dataset_json["labels"])
     network = calibration.merged_network(merged).requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.0)

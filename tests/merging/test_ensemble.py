@@ -1,5 +1,5 @@
 """The ensemble as a teacher: its logits, how well a network agrees with it, and what polishing makes of it."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +65,10 @@ def tasks(tmp_path: Path) -> list[Path]:
             for seed, (name, labels) in enumerate(SOFTMAX.items())]
 
 
-def assert_half(found: Sequence[torch.Tensor], expected: torch.Tensor) -> None:
+def assert_half(found: Iterable[torch.Tensor], expected: torch.Tensor) -> None:
+    found = list(found)
     assert all(each.dtype == torch.float16 for each in found)
-    torch.testing.assert_close(torch.stack(list(found)).float(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.stack(found).float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_with_the_same_labels_it_is_the_mean(same: list[Path]) -> None:
@@ -195,7 +196,7 @@ def test_divergence_is_the_mean_kullback_leibler_divergence() -> None:
 # Polishing, and fitting the head
 
 def loss_of(calibration: Calibration, joined: JoinedHeads, tensors: dict[str, torch.Tensor], regions: bool) -> float:
-    teacher = torch.stack(ensemble_logits(calibration, joined, "ensemble")).float()
+    teacher = torch.stack([*ensemble_logits(calibration, joined, "ensemble")]).float()
     images = torch.stack([patch.image for patch in calibration.patches])
     with torch.no_grad():
         said = calibration.merged_network(tensors)(images)
@@ -266,7 +267,7 @@ def test_a_fitted_head_is_the_best_of_all_heads(tmp_path: Path, kind: str) -> No
     merged = mean_of(calibration)
     fitted = fit_head(calibration, joined, merged)
     assert all(torch.equal(fitted[name], merged[name]) for name in merged if name not in HEAD)
-    teacher = torch.stack(ensemble_logits(calibration, joined, "ensemble")).float()
+    teacher = torch.stack([*ensemble_logits(calibration, joined, "ensemble")]).float()
     sure = (teacher.sigmoid() < 0.01).all(1) if regions else teacher.softmax(1)[:, 0] > 0.99
     assert 0.1 < sure.float().mean() < 0.9
     counts = torch.where(sure, 1.0, 2.0)
