@@ -16,12 +16,14 @@ from nnunet_transplant.data.phantom import ORGANS, write_phantom_dataset
 from nnunet_transplant.environment import ext_trainer_value
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import evaluate
-from nnunet_transplant.merging import Recipe, merge_folders, write_merge
+from nnunet_transplant.merging import Recipe, Volumes, merge_folders, write_merge
 from nnunet_transplant.plotting import save_segmentations_figure
 
 BASE, PARENT = "Dataset801_PhantomA", "Dataset802_PhantomB"
 TASKS = {"LiverSpleen": "Liver+Spleen", "KidneyAorta": "Kidney+Aorta", "Joint": "Liver+Spleen+Kidney+Aorta"}
-METHODS = ("average", "ties")
+LOOK = Volumes(["903"], n_cases=6, cases="train:0")  # images whose labels are not looked at
+METHODS = {"average": Recipe("average"), "ties": Recipe("ties"),
+           "average, head fitted": Recipe("average", volumes=LOOK, fit_head=True)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def run_demo(output: Path, size: DemoSize | None = None) -> pd.DataFrame:
     """Run the demo with nnU-Net's own commands and write everything to a new folder.
 
     Scanner A pre-trains a base on all four organs; scanner B fine-tunes two tasks and, to compare, all organs at once;
-    the two tasks merge by average and TIES; all are scored on scanner B's validation cases.
+    the two tasks merge as METHODS say; all are scored on scanner B's validation cases.
 
     Returns mean Dice, one row for each organ and one column for each model. Raises TransplantError for an existing
     folder or where an nnU-Net command fails.
@@ -62,16 +64,16 @@ def run_demo(output: Path, size: DemoSize | None = None) -> pd.DataFrame:
         steps(f"fine-tuning {TASKS[name]}", f"nnUNetv2_train {number} 3d_fullres 0 -tr {task} {train} "
                                             f"-pretrained_weights {base}")
     experts = {name: steps.model(f"Dataset{number}_{name}", task) for number, name in enumerate(TASKS, 901)}
-    merged = {method: output / f"merged_{method}" for method in METHODS}
-    for method, folder in merged.items():
-        write_merge(merge_folders([experts["LiverSpleen"], experts["KidneyAorta"]], recipe=Recipe(method)), folder)
+    steps.close()
+    os.environ.update(steps.variables)
+    merged = {name: output / f"merged_{name}".replace(", ", "_").replace(" ", "_") for name in METHODS}
+    for name, folder in merged.items():
+        write_merge(merge_folders([experts["LiverSpleen"], experts["KidneyAorta"]], recipe=METHODS[name]), folder)
     return score(steps, experts, merged)
 
 
 def score(steps: "Steps", experts: dict[str, Path], merged: dict[str, Path]) -> pd.DataFrame:
     """Evaluate all models on the validation cases of scanner B, and write the table and the picture."""
-    steps.close()
-    os.environ.update(steps.variables)
     folder = steps.output / "evaluation"
     models = [*experts.values(), *merged.values()]
     scores = evaluate(models, "903", 0, output=folder, device="cpu", progress=True)

@@ -222,3 +222,6 @@ def report(model: MergedModel) -> None:
           + ", ".join(name for name in model.dataset_json["labels"] if name not in ("background", "ignore")))
     for note in model.notes:
         print(f"note: {note}")
+    if len(inputs) > 1 and not model.provenance["fit_head"] and not model.provenance["polish"]:
+        print("note: the heads were trained on other networks than the merged one: --fit_head -d DATASET fits them "
+              "with a few images, without labels, and mostly helps much")
