@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
@@ -14,6 +15,9 @@ from nnunet_transplant.architecture import build_network
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging import MergedModel
 from nnunet_transplant.model_folder import TrainedModel
+
+HALF_PRECISION = ("the merged weights give logits beyond half precision, in which nnU-Net sums them: merge with "
+                  "smaller -weights or -lambda")
 
 
 def torch_device(name: str) -> torch.device:
@@ -27,14 +31,35 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+class BatchPredictor(nnUNetPredictor):
+    """nnU-Net's sliding window, as many windows at a time as the plans' batch has; the logits are the same up to
+    rounding, and not finite where half precision is not enough for them. On a CPU torch has fast convolutions for
+    batches only, unless the images are large; a GPU is better filled."""
+
+    def _internal_predict_sliding_window_return_logits(self, data: torch.Tensor, slicers: Sequence[tuple],
+                                                       do_on_device: bool = True) -> torch.Tensor:
+        data = data.to(self.device if do_on_device else "cpu")
+        patch_size, batch_size = self.configuration_manager.patch_size, self.configuration_manager.batch_size
+        gaussian = compute_gaussian(tuple(patch_size), sigma_scale=1 / 8, value_scaling_factor=10, device=data.device)
+        logits = data.new_zeros(self.label_manager.num_segmentation_heads, *data.shape[1:], dtype=torch.half)
+        weights = data.new_zeros(data.shape[1:], dtype=torch.half)
+        for start in range(0, len(slicers), batch_size):
+            batch = slicers[start:start + batch_size]
+            windows = torch.stack([data[window] for window in batch]).to(self.device)
+            for window, prediction in zip(batch, self._internal_maybe_mirror_and_predict(windows), strict=True):
+                logits[window] += prediction.to(data.device) * gaussian
+                weights[window[1:]] += gaussian
+        return logits.div_(weights)
+
+
 def predictor(models: MergedModel | Sequence[TrainedModel], device: torch.device, step_size: float = 0.5,
-              mirroring: bool = True, on_device: bool = True, verbose: bool = False,
-              progress_bar: bool = True) -> nnUNetPredictor:
+              mirroring: bool = True, on_device: bool = True, verbose: bool = False, progress_bar: bool = True,
+              kind: type[nnUNetPredictor] = nnUNetPredictor) -> nnUNetPredictor:
     """An nnUNetPredictor as nnU-Net itself would initialise it from the model's folder: several folds are an ensemble.
     """
     first = models if isinstance(models, MergedModel) else models[0]
     with contextlib.redirect_stdout(io.StringIO()):  # it says on a CPU that it is not on a GPU
-        result = nnUNetPredictor(
+        result = kind(
             tile_step_size=step_size, use_gaussian=True, use_mirroring=mirroring,
             perform_everything_on_device=on_device, device=device, verbose=verbose,
             verbose_preprocessing=verbose, allow_tqdm=progress_bar)
@@ -73,5 +98,4 @@ def overflow_explained() -> Iterator[None]:
     except RuntimeError as error:
         if "Encountered inf" not in str(error):
             raise
-        raise TransplantError("the merged weights give logits beyond half precision, in which nnU-Net sums them: merge "
-                              "with smaller -weights or -lambda") from error
+        raise TransplantError(HALF_PRECISION) from error

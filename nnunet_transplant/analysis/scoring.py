@@ -24,7 +24,7 @@ from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import find
 from nnunet_transplant.merging.vectors import Tensors
 from nnunet_transplant.model_folder import TrainedModel, common_theta_0
-from nnunet_transplant.prediction import overflow_explained, predictor
+from nnunet_transplant.prediction import HALF_PRECISION, BatchPredictor, predictor
 
 LINEAR = ("average", "task_arithmetic")  # sums of the models' tensors, which the device makes in no time
 
@@ -82,7 +82,7 @@ class MergedNetwork:
         self.models = [model for group in groups for model in group]
         self.layout = self.models[0].layout
         self.merged = merge_models(groups, recipe, theta_0, base)
-        self.predictor = predictor(self.merged, device, step_size, mirroring, progress_bar=False)
+        self.predictor = predictor(self.merged, device, step_size, mirroring, progress_bar=False, kind=BatchPredictor)
         network = bare(self.predictor.network).to(device)
         network.load_state_dict(self.merged.weights)
         state = network.state_dict()
@@ -132,10 +132,11 @@ class MergedNetwork:
     def logits(self, image: torch.Tensor) -> torch.Tensor:
         """What nnU-Net's sliding window gives a preprocessed image (channels, x, y, z): (heads, x, y, z), half
         precision. Raises TransplantError where half precision is not enough for them."""
-        with contextlib.redirect_stdout(io.StringIO()), overflow_explained():
+        with contextlib.redirect_stdout(io.StringIO()):
             logits = self.predictor.predict_sliding_window_return_logits(image)
-        if not bool(torch.isfinite(logits.sum(dtype=torch.float32))):  # nnU-Net looks for Inf and lets NaN pass
-            raise TransplantError("the merged weights give logits that are no numbers")
+        if not bool(torch.isfinite(logits.sum(dtype=torch.float32))):
+            raise TransplantError(HALF_PRECISION if bool(logits.isinf().any())
+                                  else "the merged weights give logits that are no numbers")
         return logits
 
     def labels(self, image: torch.Tensor) -> torch.Tensor:

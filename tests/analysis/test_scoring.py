@@ -14,6 +14,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import Target, find_cases, name_targets, score
 from nnunet_transplant.merging import Recipe, merge_models
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.prediction import predictor
 
 DATASET = "Dataset700_Small"
 LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
@@ -115,9 +116,8 @@ def test_scores_are_those_of_nnunets_logits(dataset: Path, tmp_path: Path, label
     network.set([0.8, 1.2])
     found = network.dice(labelled, targets)
     assert list(found) == ["one", "two", "three"] if labels == "tasks" else ["all", "two"]
-    nnunet = network.predictor
-    assert isinstance(nnunet, nnUNetPredictor) and not nnunet.use_mirroring
-    nnunet.list_of_parameters = [merge_models(groups, Recipe("task_arithmetic", [0.8, 1.2])).weights]
+    nnunet = predictor(merge_models(groups, Recipe("task_arithmetic", [0.8, 1.2])), CPU, mirroring=False)
+    assert type(nnunet) is nnUNetPredictor and not network.predictor.use_mirroring
     for index, case in enumerate(labelled):
         logits = nnunet.predict_logits_from_preprocessed_data(case.image)
         segmentation = nnunet.label_manager.convert_logits_to_segmentation(logits).numpy()
