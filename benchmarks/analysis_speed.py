@@ -1,9 +1,10 @@
-"""What curvature costs beside training, side by side in one run.
+"""What analysis costs beside training and prediction, side by side in one run.
 
-    python benchmarks/analysis_speed.py CHECKPOINT -d 4 [-cases val:0] [-device cpu]
+    python benchmarks/analysis_speed.py CHECKPOINT -d 4 [-f 0] [-device cpu]
 
 A Hessian-vector product and the Fisher information of every patch, beside a training step of the same batch (forward,
-backward, AdamW).
+backward, AdamW). An evaluation of a sweep (merge two models into the network, predict, Dice), beside nnU-Net's own
+prediction of the same preprocessed cases.
 """
 import argparse
 import time
@@ -14,9 +15,12 @@ import numpy as np
 import torch
 
 from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal
-from nnunet_transplant.analysis.risk import open_risk
-from nnunet_transplant.merging import Volumes
+from nnunet_transplant.analysis.risk import open_risk, volumes_of
+from nnunet_transplant.analysis.scoring import MergedNetwork, open_labelled_cases
+from nnunet_transplant.evaluation import name_targets
+from nnunet_transplant.merging import Recipe
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.prediction import predictor
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
@@ -36,12 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-d", dest="dataset", required=True)
-    parser.add_argument("-cases", default="val:0")
+    parser.add_argument("-f", dest="fold", default="0", help="look at the validation cases of this fold")
     parser.add_argument("-device", default="cpu")
     parser.add_argument("-times", type=int, default=5)
     args = parser.parse_args()
     model = open_models(args.checkpoint)[0]
-    volumes = Volumes([args.dataset], 2, args.cases, args.device)
+    volumes = volumes_of(args.dataset, args.fold, 2, device=args.device)
     size = model.plans["configurations"][model.configuration]["batch_size"]
     risk = open_risk(model, volumes, size)
     hessian = Hessian(risk, size)
@@ -60,6 +64,23 @@ def main() -> None:
           f"{args.device}, {torch.get_num_threads()} threads")
     for name, value in times.items():
         print(f"  {name}: {value:.3f} s, {value / times['training step']:.2f} times the training step")
+
+    network = MergedNetwork([[model], [model]], Recipe(), None, None, torch.device(args.device))
+    nnunet = predictor([model], torch.device(args.device), mirroring=False, progress_bar=False)
+    cases, labelled = open_labelled_cases(args.dataset, args.fold, model, 4)
+    (targets,), _ = name_targets(["merged"], [[network.merged]], cases)
+
+    def evaluate() -> None:
+        network.set([0.4, 0.6])
+        network.dice(labelled, targets)
+
+    def predict() -> None:
+        for case in labelled:
+            nnunet.predict_logits_from_preprocessed_data(case.image)
+
+    merged, plain = seconds(evaluate, args.times), seconds(predict, args.times)
+    print(f"  an evaluation of {len(labelled)} cases: {merged:.2f} s, {60 / merged:.0f} a minute, {merged / plain:.2f} "
+          f"times nnU-Net's prediction of them ({plain:.2f} s)")
 
 
 if __name__ == "__main__":
