@@ -19,7 +19,18 @@ from pathlib import Path
 
 import pandas as pd
 from steps import Steps
-from transplant_settings import BASE, MAIN, REGIMES, SEARCH, TEST, Setting, brain, folder_name, hippocampus
+from transplant_settings import (
+    BASE,
+    MAIN,
+    REGIMES,
+    SEARCH,
+    TEST,
+    Setting,
+    brain,
+    curvature_folder,
+    folder_name,
+    hippocampus,
+)
 from transplant_tables import (
     markdown,
     others,
@@ -93,8 +104,8 @@ class Experiment:
         self.work = setting.run.work
 
     def base(self, regime: str) -> Path:
-        trainer, batch = REGIMES[regime]
-        steps = self.scale.base_patches[self.setting.name] // batch
+        trainer, batch, length = REGIMES[regime]
+        steps = self.scale.base_patches[self.setting.name] // batch * length
         return self._train(self.run, self.setting.base, BASE,
                            self.scale.trainer(trainer, self.scale.base_epochs, steps))
 
@@ -203,7 +214,7 @@ class Experiment:
         """Of each family's base, on the cases it was trained on: a minimum is one of these cases' loss."""
         tasks = " ".join(str(expert) for family in families for expert in family.experts.values())
         bases = " ".join(dict.fromkeys(str(family.base) for family in families))
-        output = self.work / "curvature" / "_".join(folder_name(family.regime) for family in families)
+        output = curvature_folder(self.work, [family.regime for family in families])
         self.run(output, f"nnunet_transplant_flatness -m {bases} -tasks {tasks} -d {self.setting.base} "
                          f"-cases train:{BASE} {self.scale.curvature} -device {self.device} -o {output}")
 
@@ -253,8 +264,7 @@ def show(setting: Setting, documentation: Path | None) -> None:
         else:
             write_section(documentation / "results.md", f"{setting.name}: {name}", markdown(table))
     if documentation is not None:
-        measured = work / "curvature" / "_".join(MAIN) / "flatness.png"
-        shutil.copy(measured, documentation / f"{setting.name}_flatness.png")
+        shutil.copy(curvature_folder(work, MAIN) / "flatness.png", documentation / f"{setting.name}_flatness.png")
         for regime in MAIN:
             file = work / f"{folder_name(regime)}_0" / "map" / "sweep.png"
             if file.exists():

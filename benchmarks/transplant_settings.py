@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from steps import Steps, write_small_plans, write_splits
@@ -12,10 +13,20 @@ from steps import Steps, write_small_plans, write_splits
 # folds: what trains a base; what trains tasks, with the test cases for validation, and with those of searches
 BASE, TEST, SEARCH = 0, 1, 2
 MAIN = ("Stable", "Plastic")
-REGIMES = {"Stable": ("nnUNetTrainerStable", 4), "Plastic": ("nnUNetTrainerPlastic", 8),  # trainer, patches a step
-           "Plastic, batch 4": ("nnUNetTrainerPlasticBatch4", 4),
-           "Plastic, dropout 0.5": ("nnUNetTrainerPlasticDropout", 8),
-           "Plastic, rate 1e-3": ("nnUNetTrainerPlasticRate", 8)}
+
+
+class Regime(NamedTuple):
+    """How a base is trained. batch: patches of an optimiser step; length: of the training, in that of the main two."""
+    trainer: str
+    batch: int
+    length: int = 1
+
+
+REGIMES = {"Stable": Regime("nnUNetTrainerStable", 4), "Plastic": Regime("nnUNetTrainerPlastic", 8),
+           "Plastic, batch 4": Regime("nnUNetTrainerPlasticBatch4", 4),
+           "Plastic, dropout 0.5": Regime("nnUNetTrainerPlasticDropout", 8),
+           "Plastic, rate 1e-3": Regime("nnUNetTrainerPlasticRate", 8),
+           "Plastic, 3 times as long": Regime("nnUNetTrainerPlastic", 8, 3)}
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,10 @@ class Setting:
 
 def folder_name(regime: str) -> str:
     return regime.replace(", ", "_").replace(" ", "_")
+
+
+def curvature_folder(work: Path, regimes: Sequence[str]) -> Path:
+    return work / "curvature" / "_".join(map(folder_name, regimes))
 
 
 def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
-from transplant_settings import MAIN, REGIMES, folder_name
+from transplant_settings import MAIN, REGIMES, curvature_folder, folder_name
 
 from nnunet_transplant.plotting import save_dice_figure
 
@@ -55,12 +55,10 @@ def means(table: pd.DataFrame) -> pd.Series:
 def curvature(work: Path) -> dict[str, dict]:
     """What flatness measured of each regime's base."""
     found = {}
-    for file in sorted((work / "curvature").glob("*/flatness.json")):
-        result = json.loads(file.read_text())
-        for path in result["models"]:
-            for regime, (trainer, _) in REGIMES.items():
-                if f"__{trainer}_" in path:
-                    found[regime] = result["models"][path]
+    for regimes in (MAIN, *([regime] for regime in REGIMES)):
+        file = curvature_folder(work, regimes) / "flatness.json"
+        if file.exists():
+            found |= zip(regimes, json.loads(file.read_text())["models"].values(), strict=True)
     return found
 
 
@@ -113,7 +111,8 @@ def _with_range(values: Sequence[float]) -> str:
 
 
 def pairs(work: Path) -> pd.DataFrame:
-    """Every pair that was merged: what was known before, and what merging by default lost of the experts' Dice."""
+    """Every pair that was merged: what was known before, and what merging with default weights lost of the experts'
+    Dice."""
     dice, measured, rows = means(scores(work)), curvature(work), []
     for regime, seed, folder in families(work):
         file = folder / "interference" / "interference.csv"
@@ -131,8 +130,8 @@ def pairs(work: Path) -> pd.DataFrame:
                 row["lambda_1"] = measured[regime]["hessian_eigenvalues"][0]
                 row["bound"] = 0.5 * row["lambda_1"] * (lengths ** 2).mean()
             experts = np.mean([dice[regime, seed, "expert", task] for task in tasks])
-            for kind in ("average", "ties"):
-                row[f"lost by {kind}"] = experts - dice[regime, seed, f"{kind} default", "-".join(tasks)]
+            for kind in ("average default", "ties default", "average fitted", "ties fitted"):
+                row[f"lost by {TITLES[kind]}"] = experts - dice[regime, seed, kind, "-".join(tasks)]
             rows.append(row)
     return pd.DataFrame(rows)
 
