@@ -154,7 +154,9 @@ class Experiment:
         self._score(family, "fitted", merged)
 
     def search(self, family: Family) -> None:
-        """The same with searched weights."""
+        """The same with searched weights, of the first fine-tunings."""
+        if family.seed >= self.scale.searched_seeds[self.setting.name]:
+            return
         merged = []
         for tasks in self.setting.merges:
             for method, turned in METHODS.items():
@@ -223,22 +225,22 @@ class Experiment:
         self.run(output, f"nnunet_transplant_interference -m {family.models(self.setting.tasks)} -f {TEST} -o {output}")
 
     def __call__(self) -> None:
-        """In the order of what it tells: the main bases, more fine-tunings of them, the bases with one change."""
+        """In the order of what it tells: the main bases, the bases with one change, more fine-tunings of the main ones.
+        """
         first = [self._merged_family(regime, 0) for regime in MAIN]
         self.curvature(first)
         for family in first:
             if len(self.setting.tasks) == 2:
                 self.map(family)
-        for seed in range(self.scale.seeds):
-            for regime in MAIN:
-                family = self._merged_family(regime, seed)
-                if seed < self.scale.searched_seeds[self.setting.name]:
-                    self.search(family)
-                if seed == 0:
-                    self.heads_only(family)
-                    self.joint(family)
+            self.search(family)
         for regime in [*REGIMES][len(MAIN):self.scale.regimes]:
             self.curvature([self._merged_family(regime, 0)])
+        for family in first:
+            self.heads_only(family)
+            self.joint(family)
+        for seed in range(1, self.scale.seeds):
+            for regime in MAIN:
+                self.search(self._merged_family(regime, seed))
 
     def _merged_family(self, regime: str, seed: int) -> Family:
         family = self.family(regime, seed)
