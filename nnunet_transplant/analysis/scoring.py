@@ -19,7 +19,8 @@ from nnunet_transplant.evaluation import Target, find_cases
 from nnunet_transplant.heads import join, join_head, shares
 from nnunet_transplant.labels import has_regions
 from nnunet_transplant.merging import Recipe, merge_models
-from nnunet_transplant.merging.calibration import preprocessed
+from nnunet_transplant.merging.calibration import open_calibration, preprocessed
+from nnunet_transplant.merging.ensemble import ensemble_lessons, teach_head
 from nnunet_transplant.merging.linear import average
 from nnunet_transplant.merging.registry import find
 from nnunet_transplant.merging.vectors import Tensors
@@ -70,6 +71,7 @@ class MergedNetwork:
     """The network that merging makes of trained models: built once, its weights replaced in place.
 
     groups, theta_0, base: as `merge_models` takes them; recipe: the method and what stays the same of its parameters.
+    A fitted head is fitted anew to each merge; what it is fitted to is computed once.
     merged: what merge_models makes of the recipe; labels and all else but the weights are the same for any weights
     that are not negative.
     Raises TransplantError for what merge_models refuses.
@@ -78,16 +80,29 @@ class MergedNetwork:
     def __init__(self, groups: Sequence[Sequence[TrainedModel]], recipe: Recipe,
                  theta_0: dict[str, torch.Tensor] | None, base: Path | None, device: torch.device,
                  step_size: float = 0.5, mirroring: bool = False) -> None:
-        self.groups, self.recipe, self.theta_0, self.base = groups, recipe, theta_0, base
+        self.groups, self.theta_0, self.base = groups, theta_0, base
+        method = find(recipe.method)
+        needs_data = method.needs_data or method.then(recipe.parameters).needs_data
+        self.recipe = replace(recipe, fit_head=False, volumes=recipe.volumes if needs_data else None)
         self.models = [model for group in groups for model in group]
         self.layout = self.models[0].layout
-        self.merged = merge_models(groups, recipe, theta_0, base)
+        self.merged = merge_models(groups, self.recipe, theta_0, base)
         self.predictor = predictor(self.merged, device, step_size, mirroring, progress_bar=False, kind=BatchPredictor)
-        network = bare(self.predictor.network).to(device)
+        network = bare(self.predictor.network).to(device).eval()
         network.load_state_dict(self.merged.weights)
         state = network.state_dict()
         self.tensors = {name: state[name] for name in self.layout.names}  # not copies: the network's own
         self._terms = self._linear_terms(device) if recipe.method in LINEAR else None
+        self._calibration = self._lessons = None
+        if recipe.fit_head:
+            self._calibration = open_calibration(recipe.volumes, self.models, self.merged.dataset_json, {},
+                                                 self.merged.trainer)
+            equal = [1 / len(self.models)] * len(self.models)
+            self._lessons = ensemble_lessons(self._calibration, join(self.models, equal))
+
+    @property
+    def fits_head(self) -> bool:
+        return self._lessons is not None
 
     def _linear_terms(self, device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
         """theta_0 and the models' tensors of floats, in float32 on the device."""
@@ -104,6 +119,8 @@ class MergedNetwork:
         method, beside those of the recipe, into the network. Raises TransplantError for what merge_models refuses."""
         for name, tensor in self._merge(weights, parameters or {}):
             self.tensors[name].copy_(tensor)
+        if self._lessons is not None:
+            teach_head(self._calibration, bare(self.predictor.network), self._lessons)
 
     def _merge(self, weights: Sequence[float] | None, parameters: Mapping[str, Any]) -> Iterator:
         if self._terms is not None:

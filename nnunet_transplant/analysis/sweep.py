@@ -97,7 +97,8 @@ class Plan:
 def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, output: Path, plan: Plan = Plan(),
           method: str = "task_arithmetic", parameters: Mapping[str, Any] | None = None, base: Path | None = None,
           checkpoint_name: str = CHECKPOINT, device: str = "cuda", step_size: float = 0.5, mirroring: bool = False,
-          trust: bool = False, overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
+          fit_head: bool = False, trust: bool = False, overwrite: bool = False,
+          progress: bool = False) -> dict[str, Any]:
     """Search the coefficients with which trained models merge best, and write what was found to a folder.
 
     models: trained model folders, checkpoints inside them or task vector files; the folds of a folder share its weight.
@@ -107,6 +108,7 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
         as it comes: called again, the sweep goes on from there. overwrite starts anew.
     parameters: of the method, by name. base: theta_0, as `merge_folders` takes it.
     mirroring: at test time; takes up to eight times as long.
+    fit_head: to every merge, with images that the fold trains on and without their labels.
 
     Returns the content of sweep.json. Raises TransplantError for what a user can mend.
     """
@@ -133,7 +135,9 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
     use_our_trainers()
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [open_models(path, None, checkpoint_name, trust, theta_0) for path in models]
-    recipe = Recipe(method, space.weights(space.default), given, volumes=_volumes(how, given, dataset, fold, device))
+    looks = fit_head or how.needs_data or how.then(given).needs_data
+    recipe = Recipe(method, space.weights(space.default), given, fit_head=fit_head,
+                    volumes=_volumes(dataset, fold, device) if looks else None)
     network = MergedNetwork(groups, recipe, theta_0, base, target_device, step_size, mirroring)
     job = _open_job(network, space, dataset, fold, plan, groups, progress)
 
@@ -143,6 +147,8 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
               "method or parameters": [method, {name: value for name, value in settings.items()
                                                 if name not in space.ranges}],
               "ranges": space.described(), "objective": plan.objective, "prediction options": [step_size, mirroring]}
+    if fit_head:
+        inputs["head"] = "fitted"
     output.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for name in (STUDY, SUMMARY, WEIGHTS, CSV, TABLE, FIGURE, FRONT_CSV, FRONT_FIGURE):
@@ -162,14 +168,11 @@ def _check_output(output: Path, models: Sequence[Path], overwrite: bool) -> None
     check_output(output, models, overwrite or (output / marker).is_file(), marker, "an earlier sweep")
 
 
-def _volumes(method: Method, parameters: Mapping[str, Any], dataset: str | int, fold: str | int,
-             device: str) -> Volumes | None:
-    """For a method that looks at volumes, those that the fold trains on: never those it is scored on."""
-    if not (method.needs_data or method.then(parameters).needs_data):
-        return None
+def _volumes(dataset: str | int, fold: str | int, device: str) -> Volumes:
+    """For merges that look at volumes, those that the fold trains on: never those they are scored on."""
     if str(fold) == "all":
-        raise TransplantError(f"method {method.name} looks at volumes, and -f all leaves none but those it is scored "
-                              "on: give the number of a fold")
+        raise TransplantError("this merge looks at volumes, and -f all leaves none but those it is scored on: give the "
+                              "number of a fold")
     return Volumes([dataset], cases=f"train:{int(fold)}", device=device if device == "cuda" else "cpu")
 
 
@@ -268,7 +271,7 @@ def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Pat
                 dice["reporting"] = _with_mean(dict.fromkeys(job.structures, 0.0))
         return {"trial": trial.number, "weights": weights, "parameters": dict(settings) | parameters, "dice": dice}
     return {
-        "dataset": job.cases.dataset, "fold": str(fold), "method": method.name,
+        "dataset": job.cases.dataset, "fold": str(fold), "method": method.name, "fit_head": job.network.fits_head,
         "models": {name: str(Path(path).resolve()) for name, path in models.items()},
         "default": described(default), "best": described(best),
         "cases": {"tuning": [case.name for case in job.tuning], "reporting": [case.name for case in job.reporting]},
@@ -318,8 +321,9 @@ def table(found: Mapping[str, Any]) -> str:
     reported = f"reported on {others} other{'s' * (others > 1)}" if others else \
         "nothing is reported (-tune 1): the best is best on the cases it was chosen on"
     how = f"grid of {found['grid']} x {found['grid']}" if found["grid"] else found["sampler"]
+    head = ", each with its head fitted," if found["fit_head"] else ""
     return "\n".join([
-        f"Sweep of {found['method']} on {found['dataset']}, {of_fold}: {found['evaluations']} merges ({how}), "
+        f"Sweep of {found['method']}{head} on {found['dataset']}, {of_fold}: {found['evaluations']} merges ({how}), "
         f"{found['seconds_per_evaluation']:.3g} s each",
         f"Dice at the resolution of preprocessing; tuned on {len(cases['tuning'])} case"
         f"{'s' * (len(cases['tuning']) > 1)}, {reported}", "", *aligned(lines, 1), "", *aligned(coefficients, 1),
@@ -365,7 +369,8 @@ def _marks(found: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, int]:
 
 def _title(found: Mapping[str, Any]) -> str:
     count = len(found["cases"]["tuning"])
-    return f"Merged by {found['method']}, Dice on {count} tuning case{'s' * (count > 1)} of {found['dataset']}"
+    head = ", head fitted" if found["fit_head"] else ""
+    return f"Merged by {found['method']}{head}, Dice on {count} tuning case{'s' * (count > 1)} of {found['dataset']}"
 
 
 def _draw(found: Mapping[str, Any], frame: pd.DataFrame, job: _Job, plan: Plan, file: BinaryIO) -> None:

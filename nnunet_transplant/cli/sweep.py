@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("-step_size", type=float, default=0.5,
                         help="step of the sliding window, at most 1; default 0.5")
     parser.add_argument("--tta", action="store_true", help="mirror at test time, up to 8 times slower; default not")
+    parser.add_argument("--fit_head", action="store_true", help="fit the head of every merge, with images that the "
+                        "fold trains on and without their labels, as in the merge to come; default not")
     add_method_parameters(parser, but=OWN)
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="load checkpoints that ask for more than weights; they can run code")
@@ -78,8 +80,9 @@ def run(args: Namespace) -> None:
                 args.n_cases, args.seed, args.storage, args.study)
     sweep(args.m, args.d, args.f, output=args.o, plan=plan, method=args.method, parameters=parameters, base=args.base,
           checkpoint_name=args.chk, device=args.device, step_size=args.step_size, mirroring=args.tta,
-          trust=args.trust_checkpoints, overwrite=args.overwrite, progress=True)
+          fit_head=args.fit_head, trust=args.trust_checkpoints, overwrite=args.overwrite, progress=True)
     print((args.o / TABLE).read_text(encoding="utf-8"))
     base = "" if args.base is None else f"-base {args.base} "
+    head = f" --fit_head -d {args.d} -cases train:{args.f}" if args.fit_head else ""
     print(f"wrote {args.o}\nmerge with the best: nnunet_transplant_merge -m {' '.join(map(str, args.m))} {base}"
-          f"-weights @{args.o / WEIGHTS} -o MERGED")
+          f"-weights @{args.o / WEIGHTS}{head} -o MERGED")

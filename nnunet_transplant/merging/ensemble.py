@@ -1,6 +1,7 @@
 """The ensemble of the models that are merged, as a teacher: what one merged model should say, without any labels."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from nnunet_transplant.architecture import canonical_names
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import JoinedHeads, head_rows
 from nnunet_transplant.labels import has_regions
-from nnunet_transplant.merging.calibration import IGNORED, Calibration
+from nnunet_transplant.merging.calibration import IGNORED, Calibration, Patch
 
 
 def ensemble_logits(calibration: Calibration, joined: JoinedHeads, what: str) -> Iterator[torch.Tensor]:
@@ -77,33 +78,50 @@ def reference_targets(calibration: Calibration) -> list[torch.Tensor]:
     return targets
 
 
-def fit_head(calibration: Calibration, joined: JoinedHeads, merged: dict[str, torch.Tensor], seed: int = 0,
-             positions: int = 4096) -> dict[str, torch.Tensor]:
-    """The merged tensors with the head of full resolution fitted to the ensemble: the logistic regression of its
-    probabilities on what the merged model's head reads, a convex problem without step sizes (L-BFGS). No labels.
+@dataclass(frozen=True)
+class Lesson:
+    """What the ensemble says of some voxels of a patch."""
+    patch: Patch
+    voxels: torch.Tensor  # indices into the patch, flattened
+    logits: torch.Tensor  # (rows, voxels), half precision
 
-    positions: voxels taken of each patch at most, half of them where the ensemble is not sure of background. Raises
-    TransplantError for a network whose output no single layer makes.
+
+def ensemble_lessons(calibration: Calibration, joined: JoinedHeads, seed: int = 0,
+                     positions: int = 4096) -> list[Lesson]:
+    """positions: voxels taken of each patch at most, half of them where the ensemble is not sure of background."""
+    regions = has_regions(calibration.dataset_json["labels"])
+    generator = torch.Generator().manual_seed(seed)
+    lessons = []
+    for patch, target in zip(calibration.patches, ensemble_logits(calibration, joined, "ensemble"), strict=True):
+        logits = target.flatten(1)
+        probability = logits.float().sigmoid().amax(0) if regions else 1 - logits.float().softmax(0)[0]
+        voxels = _half_from(probability > 0.01, positions, generator)
+        lessons.append(Lesson(patch, voxels, logits[:, voxels]))
+    return lessons
+
+
+def teach_head(calibration: Calibration, network: nn.Module, lessons: Sequence[Lesson]) -> nn.Module:
+    """Fit the head of full resolution of a merged network, in place, to what the ensemble says: the logistic regression
+    of its probabilities on what the head reads, a convex problem without step sizes (L-BFGS). No labels.
+
+    Returns the head. Raises TransplantError for a network whose output no single layer makes.
     """
     regions = has_regions(calibration.dataset_json["labels"])
-    network = calibration.merged_network(merged)
-    head = output_layer(network, calibration.images(calibration.patches[:1]))
-    generator = torch.Generator().manual_seed(seed)
-    read, said = [], []
+    size = calibration.configuration.batch_size
+    head = output_layer(network, calibration.images([lessons[0].patch]))
+    read: list[torch.Tensor] = []
 
     def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        read.append(inputs[0][0].flatten(1))
-    teacher = ensemble_logits(calibration, joined, "fitting the head")
+        read.append(inputs[0].flatten(2))
+    features = []
     with torch.no_grad(), _hook(head, look):
-        for patch, target in zip(calibration.patches, teacher, strict=True):
-            network(calibration.images([patch]))
-            logits = target.float().flatten(1)
-            probability = logits.sigmoid().amax(0) if regions else 1 - logits.softmax(0)[0]
-            chosen = _half_from(probability > 0.01, positions, generator)
-            constant = torch.full_like(read[-1][:1], head.bias is not None)
-            read[-1] = torch.cat([read[-1], constant])[:, chosen]
-            said.append(logits[:, chosen])
-    inputs, target = torch.cat(read, 1), torch.cat(said, 1)[None]
+        for start in calibration.bar(range(0, len(lessons), size), "fitting the head"):
+            batch = lessons[start:start + size]
+            network(calibration.images([lesson.patch for lesson in batch]))
+            features += [of_patch[:, lesson.voxels] for lesson, of_patch in zip(batch, read.pop(), strict=True)]
+    inputs = torch.cat(features, 1)
+    target = torch.cat([lesson.logits for lesson in lessons], 1).float()[None]
+    inputs = torch.cat([inputs, torch.full_like(inputs[:1], head.bias is not None)])
     bias = torch.zeros(len(target[0]), device=target.device) if head.bias is None else head.bias.detach()
     weight = torch.cat([head.weight.detach().flatten(1), bias[:, None]], 1).requires_grad_(True)
     optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
@@ -114,11 +132,22 @@ def fit_head(calibration: Calibration, joined: JoinedHeads, merged: dict[str, to
         loss.backward()
         return loss
     optimizer.step(closure)
+    with torch.no_grad():
+        head.weight.copy_(weight[:, :-1].reshape(head.weight.shape))
+        if head.bias is not None:
+            head.bias.copy_(weight[:, -1])
+    return head
+
+
+def fit_head(calibration: Calibration, joined: JoinedHeads, merged: dict[str, torch.Tensor], seed: int = 0,
+             positions: int = 4096) -> dict[str, torch.Tensor]:
+    """The merged tensors with the head of full resolution fitted to the ensemble. See `ensemble_lessons` and
+    `teach_head`."""
+    network = calibration.merged_network(merged)
+    head = teach_head(calibration, network, ensemble_lessons(calibration, joined, seed, positions))
     canonical = {id(tensor): name for name, tensor in network.named_parameters(remove_duplicate=False)}
-    found = {canonical[id(head.weight)]: weight.detach()[:, :-1].reshape(head.weight.shape).cpu()}
-    if head.bias is not None:
-        found[canonical[id(head.bias)]] = weight.detach()[:, -1].cpu()
-    return merged | {name: tensor.to(merged[name].dtype) for name, tensor in found.items()}
+    return merged | {canonical[id(tensor)]: tensor.detach().cpu().to(merged[canonical[id(tensor)]].dtype)
+                     for tensor in head.parameters()}
 
 
 def output_layer(network: nn.Module, images: torch.Tensor) -> nn.Module:

@@ -12,7 +12,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_transplant.analysis.scoring import MergedNetwork, dice, open_labelled_cases
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import Target, find_cases, name_targets, score
-from nnunet_transplant.merging import Recipe, merge_models
+from nnunet_transplant.merging import Recipe, Volumes, merge_models
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor
 
@@ -82,6 +82,22 @@ def test_weights_in_memory_with_a_base_that_is_given(tmp_path: Path) -> None:
         expected = merge_models(groups, Recipe(method, [0.2, 0.9], parameters), theta_0, Path("base")).weights
         for name, tensor in network.predictor.network.state_dict().items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("method", "labels"), [("task_arithmetic", "tasks"), ("ties", "tasks"),
+                                                ("average", "same labels"), ("average", "regions")])
+def test_heads_in_memory_are_fitted_as_by_the_merge(dataset: Path, tmp_path: Path, method: str, labels: str) -> None:
+    """Anew for each merge; what the ensemble says does not change with the weights."""
+    groups = tasks(tmp_path, *SETS[labels], **({"order": [1, 2]} if labels == "regions" else {}))
+    volumes = Volumes([DATASET], n_cases=2, cases="train:0")
+    network = MergedNetwork(groups, Recipe(method, volumes=volumes, fit_head=True), None, None, CPU)
+    for weights in ([0.3, 0.7], [1.0, 0.0]):
+        network.set(weights)
+        fitted, plain = (merge_models(groups, Recipe(method, weights, volumes=volumes if fit else None, fit_head=fit))
+                         .weights for fit in (True, False))
+        for name, tensor in network.predictor.network.state_dict().items():
+            torch.testing.assert_close(tensor, fitted[name], rtol=1e-3, atol=1e-3)  # an optimiser's end
+        assert any((fitted[name] - plain[name]).abs().max() > 0.01 for name in network.layout.heads)
 
 
 @pytest.mark.parametrize("ignore", [None, 4])
