@@ -74,7 +74,7 @@ class Scale:
 
 SCALES = {
     "toy": Scale(4, {"hippocampus": 8, "brain": 8}, 1, 2, 2, "_NoMirroring", 1, {"hippocampus": 1, "brain": 0},
-                 {"hippocampus": 2, "brain": 0}, 1, 2, "-n_patches 1 -n_eigenvalues 1 -n_probes 2", False, regimes=3),
+                 {"hippocampus": 2, "brain": 0}, 1, 3, "-n_patches 1 -n_eigenvalues 1 -n_probes 2", False, regimes=3),
     "small": Scale(16, {"hippocampus": 6000, "brain": 12000}, 10, 250, 10, "_NoMirroring", 3,
                    {"hippocampus": 3, "brain": 1}, {"hippocampus": 44, "brain": 20}, 6, 21,
                    "-n_patches 16 -n_eigenvalues 10 -n_probes 6", False),
@@ -170,10 +170,12 @@ class Experiment:
         self._score(family, "searched", merged)
 
     def map(self, family: Family) -> None:
-        """The paper's Fig. 3, of the first two tasks, and the merge with its best weights."""
+        """The paper's Fig. 3, of the first two tasks, and the merge with its best weights; then the same coarser, with
+        the head of every merge fitted."""
         tasks = self.setting.merges[0]
         sweep = family.work / "map"
         self._sweep(family, tasks, sweep, f"-grid {self.scale.grid}")
+        self._sweep(family, tasks, family.work / "map_fitted", f"-grid {(self.scale.grid + 1) // 2} --fit_head")
         merged = family.work / "merged" / merge_name("average", "grid", tasks)
         self.run(merged, f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged} "
                          f"-method task_arithmetic -weights @{sweep}/weights.json")
@@ -268,9 +270,10 @@ def show(setting: Setting, documentation: Path | None) -> None:
     if documentation is not None:
         shutil.copy(curvature_folder(work, MAIN) / "flatness.png", documentation / f"{setting.name}_flatness.png")
         for regime in MAIN:
-            file = work / f"{folder_name(regime)}_0" / "map" / "sweep.png"
-            if file.exists():
-                shutil.copy(file, documentation / f"{setting.name}_map_{regime.lower()}.png")
+            for name in ("map", "map_fitted"):
+                file = work / f"{folder_name(regime)}_0" / name / "sweep.png"
+                if file.exists():
+                    shutil.copy(file, documentation / f"{setting.name}_{name}_{regime.lower()}.png")
         if len(setting.tasks) > 2:
             save_four_tasks_figure(work, [*setting.tasks], documentation / f"{setting.name}_merged.png")
 

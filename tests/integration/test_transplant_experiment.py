@@ -94,7 +94,8 @@ def test_the_whole_experiment(experiment, tmp_path: Path, monkeypatch: pytest.Mo
         assert len(re.findall(rf"^\| {regime} \| \w+, \w+ \| .+ \|$", text, re.M)) == 7  # all pairs
     figures = {path.name for path in documentation.glob("*.png")}
     assert figures == {"brain_flatness.png", "brain_merged.png", "hippocampus_flatness.png",
-                       "hippocampus_map_plastic.png", "hippocampus_map_stable.png"}
+                       *(f"hippocampus_{name}_{regime}.png" for name in ("map", "map_fitted")
+                         for regime in ("stable", "plastic"))}
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*") if path.is_file()}
     splits = {path for path in before if path.name in ("splits_final.json", "nnUNetPlansSmall.json")}
