@@ -43,7 +43,8 @@ from transplant_tables import (
 )
 
 TABLES = ("bases", "merges", "bases with new heads", "pairs", "rank correlations")
-METHODS = {"average": "task_arithmetic", "ties": "ties"}  # the method with default weights, and what a search turns
+# the method with default weights; that of a search, and what it searches beside weights (those of ties are only ratios)
+METHODS = {"average": ("task_arithmetic", ""), "ties": ("ties", " -search lambda=0:2")}
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,11 @@ class Experiment:
             return
         merged = []
         for tasks in self.setting.merges:
-            for method, turned in METHODS.items():
+            for method, (turned, more) in METHODS.items():
                 name = merge_name(method, "searched", tasks)
                 sweep = family.work / "searches" / name
                 self._sweep(family, tasks, sweep, f"-trials {self.scale.trials[self.setting.name]} -sampler gp "
-                                                  f"-method {turned}")
+                                                  f"-method {turned}{more}")
                 merged.append(family.work / "merged" / name)
                 self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
                                      f"-method {turned} -weights @{sweep}/weights.json")
