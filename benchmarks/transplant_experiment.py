@@ -32,6 +32,7 @@ from transplant_settings import (
     hippocampus,
 )
 from transplant_tables import (
+    maps,
     markdown,
     others,
     pairs,
@@ -42,7 +43,7 @@ from transplant_tables import (
     write_section,
 )
 
-TABLES = ("bases", "merges", "bases with new heads", "pairs", "rank correlations")
+TABLES = ("bases", "merges", "bases with new heads", "maps", "pairs", "rank correlations")
 # the method with default weights; that of a search, and what it searches beside weights (those of ties are only ratios)
 METHODS = {"average": ("task_arithmetic", ""), "ties": ("ties", " -search lambda=0:2")}
 
@@ -52,7 +53,8 @@ class Scale:
     """features: of the first stage, None for nnU-Net's own plans. base_patches: that each base of a setting is trained
     on, in so many epochs. task_steps: of eight patches, in so many epochs; suffix: of all trainers.
     seeds: fine-tunings from a main base. searched_seeds: of these, whose merges' weights are searched, in so many
-    trials on so many cases; grid: values of both weights in the full map. regimes: so many of REGIMES.
+    trials on so many cases; grid: values of both weights in the full map. curvature: options of flatness. all_joints:
+    joint models of all pairs. regimes: so many of REGIMES. tasks: so many of the brain's.
     """
     features: int | None
     base_patches: dict[str, int]
@@ -67,7 +69,8 @@ class Scale:
     grid: int
     curvature: str
     all_joints: bool
-    regimes: int = len(REGIMES)
+    regimes: dict[str, int]
+    tasks: int = 4
 
     def trainer(self, name: str, epochs: int, steps: int) -> str:
         return f"{name}_{epochs}epochs_{steps // epochs}iterations{self.suffix}"
@@ -75,13 +78,14 @@ class Scale:
 
 SCALES = {
     "toy": Scale(4, {"hippocampus": 8, "brain": 8}, 1, 2, 2, "_NoMirroring", 1, {"hippocampus": 1, "brain": 0},
-                 {"hippocampus": 2, "brain": 0}, 1, 3, "-n_patches 1 -n_eigenvalues 1 -n_probes 2", False, regimes=3),
+                 {"hippocampus": 2, "brain": 0}, 1, 3, "-n_patches 1 -n_eigenvalues 1 -n_probes 2", False,
+                 {"hippocampus": 3, "brain": 2}, 3),
     "small": Scale(16, {"hippocampus": 6000, "brain": 12000}, 10, 250, 10, "_NoMirroring", 3,
                    {"hippocampus": 3, "brain": 1}, {"hippocampus": 44, "brain": 20}, 6, 21,
-                   "-n_patches 16 -n_eigenvalues 10 -n_probes 6", False),
+                   "-n_patches 16 -n_eigenvalues 10 -n_probes 6", False, {"hippocampus": 6, "brain": 6}),
     "full": Scale(None, {"hippocampus": 100000, "brain": 100000}, 100, 2500, 10, "", 3,
                   {"hippocampus": 3, "brain": 3}, {"hippocampus": 44, "brain": 60}, 16, 21,
-                  "-n_patches 64 -n_eigenvalues 10 -n_probes 10", True)}
+                  "-n_patches 64 -n_eigenvalues 10 -n_probes 10", True, {"hippocampus": 6, "brain": 6})}
 
 
 @dataclass(frozen=True)
@@ -132,27 +136,20 @@ class Experiment:
     # What is made of a family
 
     def merge(self, family: Family) -> None:
-        """All merges with default weights, scored beside the experts and the base."""
-        merged = []
-        for tasks in self.setting.merges:
-            for method in METHODS:
-                merged.append(family.work / "merged" / merge_name(method, "default", tasks))
-                self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
-                                     f"-method {method}")
-        self._score(family, "default", [*family.experts.values(), *merged])
+        """All merges with default weights, scored beside the experts and the base; and the same with the head fitted to
+        what the experts say of a few volumes, without labels, which is not the papers'."""
+        head = (f" --fit_head -d {self.setting.whole} -cases train:{TEST} -n_cases {self.scale.search_cases} "
+                f"-data_device {self.device}")
+        for kind, options in (("default", ""), ("fitted", head)):
+            models = [*family.experts.values()] if kind == "default" else []
+            for tasks in self.setting.merges:
+                for method in METHODS:
+                    models.append(family.work / "merged" / merge_name(method, kind, tasks))
+                    self.run(models[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {models[-1]} "
+                                         f"-method {method}{options}")
+            self._score(family, kind, models)
         if family.seed == 0:
             self._score(family, "base", [family.base], self.setting.base, BASE)
-
-    def fit(self, family: Family) -> None:
-        """The same, then the head fitted to what the experts say of a few volumes: no labels, and not the papers'."""
-        merged = []
-        for tasks in self.setting.merges:
-            for method in METHODS:
-                merged.append(family.work / "merged" / merge_name(method, "fitted", tasks))
-                self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
-                                     f"-method {method} --fit_head -d {self.setting.whole} -cases train:{TEST} "
-                                     f"-n_cases {self.scale.search_cases} -data_device {self.device}")
-        self._score(family, "fitted", merged)
 
     def search(self, family: Family) -> None:
         """The same with searched weights, of the first fine-tunings."""
@@ -236,7 +233,7 @@ class Experiment:
             if len(self.setting.tasks) == 2:
                 self.map(family)
             self.search(family)
-        for regime in [*REGIMES][len(MAIN):self.scale.regimes]:
+        for regime in [*REGIMES][len(MAIN):self.scale.regimes[self.setting.name]]:
             self.curvature([self._merged_family(regime, 0)])
         for family in first:
             self.heads_only(family)
@@ -248,7 +245,6 @@ class Experiment:
     def _merged_family(self, regime: str, seed: int) -> Family:
         family = self.family(regime, seed)
         self.merge(family)
-        self.fit(family)
         self.interference(family)
         return family
 
@@ -261,13 +257,14 @@ def show(setting: Setting, documentation: Path | None) -> None:
     """Print the tables, or write them and the figures into the documentation."""
     work = setting.run.work
     known = pairs(work)
-    tables = (table_1(work), table_3(work), others(work), known.set_index(["regime", "seed", "tasks"]),
+    tables = (table_1(work), table_3(work), others(work), maps(work), known.set_index(["regime", "seed", "tasks"]),
               rank_correlations(known))
     for name, table in zip(TABLES, tables, strict=True):
         if documentation is None:
             print(f"{setting.name}: {name}\n{table.to_string()}\n")
         else:
-            write_section(documentation / "results.md", f"{setting.name}: {name}", markdown(table))
+            write_section(documentation / "results.md", f"{setting.name}: {name}",
+                          markdown(table) if len(table) else "Not measured.")
     if documentation is not None:
         shutil.copy(curvature_folder(work, MAIN) / "flatness.png", documentation / f"{setting.name}_flatness.png")
         for regime in MAIN:
@@ -292,7 +289,7 @@ def main() -> None:
     scale = SCALES[args.scale]
     for name, data, prepare in (("hippocampus", args.hippocampus, hippocampus), ("brain", args.brain, brain)):
         if data is not None:
-            setting = prepare(Steps(args.work / name), data.resolve(), scale.features)
+            setting = prepare(Steps(args.work / name), data.resolve(), scale.features, scale.tasks)
             if not args.tables:
                 Experiment(setting, scale, args.device)()
             show(setting, args.documentation)

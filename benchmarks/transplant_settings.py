@@ -60,10 +60,10 @@ def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
     return pairs if len(tasks) == 2 else [*pairs, tuple(tasks)]
 
 
-def hippocampus(run: Steps, data: Path, features: int | None) -> Setting:
+def hippocampus(run: Steps, data: Path, features: int | None, tasks: int) -> Setting:
     """Dataset004_Hippocampus: nnU-Net's first fold keeps its validation cases: three of five test, two choose weights.
     Of the others one half trains the base with both structures, the other the tasks."""
-    name, tasks = "Dataset004_Hippocampus", ("Anterior", "Posterior")
+    name, structures = "Dataset004_Hippocampus", ("Anterior", "Posterior")
     raw, preprocessed = run.raw / name, run.preprocessed / name
     if not raw.exists():
         shutil.copytree(data, raw)
@@ -73,10 +73,10 @@ def hippocampus(run: Steps, data: Path, features: int | None) -> Setting:
     splits = [{"train": first["train"][half::2], "val": cases}
               for half, cases in ((0, tests), (1, tests), (1, searched))]
     write_splits(preprocessed, splits)
-    return _split_tasks(run, "hippocampus", name, name, tasks, splits, features, first_id=901)
+    return _split_tasks(run, "hippocampus", name, name, structures[:tasks], splits, features, first_id=901)
 
 
-def brain(run: Steps, renderer: Path, features: int | None) -> Setting:
+def brain(run: Steps, renderer: Path, features: int | None, tasks: int) -> Setting:
     """Volumes of 4 mm rendered from brain anatomies: the base sees T1 contrast with 11 structures (subjects 1 to 10),
     the tasks T2 contrast of subjects 11 to 14, four renderings of each; two more choose weights. Subjects 15 and 16
     test, four renderings of each."""
@@ -97,8 +97,8 @@ def brain(run: Steps, renderer: Path, features: int | None) -> Setting:
     splits = [{"train": training, "val": part} for part in (tests, tests, searched)]
     (run.preprocessed / whole).mkdir(parents=True, exist_ok=True)
     write_splits(run.preprocessed / whole, splits)
-    return _split_tasks(run, "brain", base, whole, ("Thalamus", "LateralVentricle", "Cerebellum", "Brainstem"), splits,
-                        features, first_id=911)
+    structures = ("Thalamus", "LateralVentricle", "Cerebellum", "Brainstem")
+    return _split_tasks(run, "brain", base, whole, structures[:tasks], splits, features, first_id=911)
 
 
 def _split_tasks(run: Steps, name: str, base: str, whole: str, tasks: Sequence[str], splits: Sequence[Mapping],

@@ -99,8 +99,29 @@ def table_3(work: Path) -> pd.DataFrame:
 def others(work: Path) -> pd.DataFrame:
     """The base as it is, and with new heads only."""
     dice = means(scores(work))
-    return pd.DataFrame({kind: dice.xs(kind, level="kind").groupby("regime", sort=False).mean()
-                         for kind in ("base", "heads only") if kind in dice.index.get_level_values("kind")})
+    found = pd.DataFrame({kind: dice.xs(kind, level="kind").groupby("regime").mean()
+                          for kind in ("base", "heads only") if kind in dice.index.get_level_values("kind")})
+    return found.loc[[regime for regime in REGIMES if regime in found.index]]
+
+
+def maps(work: Path) -> pd.DataFrame:
+    """Mean Dice over the grids of two weights (U-Net Transplant, Fig. 3): at the default, at the best, the best that a
+    search of so few merges finds on the same cases, and the share of the grid that is less than 0.05 below the best."""
+    rows = {}
+    for regime in MAIN:
+        family = work / f"{folder_name(regime)}_0"
+        for name, title in (("map", "joined heads"), ("map_fitted", "fitted heads")):
+            if not (family / name / "sweep.csv").exists():
+                continue
+            dice = pd.read_csv(family / name / "sweep.csv").drop_duplicates(["w_1", "w_2"])["dice_mean"]
+            rows[regime, title] = {"merges": str(len(dice)), "default": dice.iloc[0], "best": dice.max(),
+                                   "within 0.05 of the best": f"{100 * (dice > dice.max() - 0.05).mean():.0f} %"}
+            search = next(family.glob("searches/average_searched_*/sweep.csv"), None)
+            if name == "map" and search is not None:
+                found = pd.read_csv(search)["dice_mean"]
+                rows[regime, title]["best of a search"] = f"{found.max():.3f} ({len(found)} merges)"
+    columns = ["merges", "default", "best", "best of a search", "within 0.05 of the best"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns) if rows else pd.DataFrame(columns=columns)
 
 
 def _with_range(values: Sequence[float]) -> str:
@@ -137,7 +158,9 @@ def pairs(work: Path) -> pd.DataFrame:
 
 
 def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rho between what is known before and what merging loses."""
+    """Spearman's rho between what is known before and what merging loses, of five pairs or more."""
+    if len(table) < 5:
+        return pd.DataFrame()
     before = [name for name in ("cosine", "sign conflict", "overlap", "norm", "lambda_1", "bound") if name in table]
     lost = [name for name in table if name.startswith("lost by")]
     return pd.DataFrame({name: {known: spearmanr(table[known], table[name], nan_policy="omit").statistic
