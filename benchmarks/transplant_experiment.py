@@ -69,7 +69,7 @@ class Scale:
     grid: int
     curvature: str
     all_joints: bool
-    regimes: dict[str, int]
+    regimes: int = len(REGIMES)
     tasks: int = 4
 
     def trainer(self, name: str, epochs: int, steps: int) -> str:
@@ -77,15 +77,14 @@ class Scale:
 
 
 SCALES = {
-    "toy": Scale(4, {"hippocampus": 8, "brain": 8}, 1, 2, 2, "_NoMirroring", 1, {"hippocampus": 1, "brain": 0},
-                 {"hippocampus": 2, "brain": 0}, 1, 3, "-n_patches 1 -n_eigenvalues 1 -n_probes 2", False,
-                 {"hippocampus": 3, "brain": 2}, 3),
+    "toy": Scale(4, {"hippocampus": 8, "brain": 8}, 1, 2, 2, "_NoMirroring", 1, {"hippocampus": 1, "brain": 1},
+                 {"hippocampus": 1, "brain": 1}, 1, 3, "-n_patches 1 -n_eigenvalues 1 -n_probes 2", False, 2, 3),
     "small": Scale(16, {"hippocampus": 6000, "brain": 12000}, 10, 250, 10, "_NoMirroring", 3,
                    {"hippocampus": 3, "brain": 1}, {"hippocampus": 44, "brain": 20}, 6, 21,
-                   "-n_patches 16 -n_eigenvalues 10 -n_probes 6", False, {"hippocampus": 6, "brain": 6}),
+                   "-n_patches 16 -n_eigenvalues 10 -n_probes 6", False),
     "full": Scale(None, {"hippocampus": 100000, "brain": 100000}, 100, 2500, 10, "", 3,
                   {"hippocampus": 3, "brain": 3}, {"hippocampus": 44, "brain": 60}, 16, 21,
-                  "-n_patches 64 -n_eigenvalues 10 -n_probes 10", True, {"hippocampus": 6, "brain": 6})}
+                  "-n_patches 64 -n_eigenvalues 10 -n_probes 10", True)}
 
 
 @dataclass(frozen=True)
@@ -230,10 +229,9 @@ class Experiment:
         first = [self._merged_family(regime, 0) for regime in MAIN]
         self.curvature(first)
         for family in first:
-            if len(self.setting.tasks) == 2:
-                self.map(family)
+            self.map(family)
             self.search(family)
-        for regime in [*REGIMES][len(MAIN):self.scale.regimes[self.setting.name]]:
+        for regime in [*REGIMES][len(MAIN):self.scale.regimes]:
             self.curvature([self._merged_family(regime, 0)])
         for family in first:
             self.heads_only(family)
@@ -269,9 +267,8 @@ def show(setting: Setting, documentation: Path | None) -> None:
         shutil.copy(curvature_folder(work, MAIN) / "flatness.png", documentation / f"{setting.name}_flatness.png")
         for regime in MAIN:
             for name in ("map", "map_fitted"):
-                file = work / f"{folder_name(regime)}_0" / name / "sweep.png"
-                if file.exists():
-                    shutil.copy(file, documentation / f"{setting.name}_{name}_{regime.lower()}.png")
+                shutil.copy(work / f"{folder_name(regime)}_0" / name / "sweep.png",
+                            documentation / f"{setting.name}_{name}_{regime.lower()}.png")
         if len(setting.tasks) > 2:
             save_four_tasks_figure(work, [*setting.tasks], documentation / f"{setting.name}_merged.png")
 

@@ -61,19 +61,23 @@ def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def hippocampus(run: Steps, data: Path, features: int | None, tasks: int) -> Setting:
-    """Dataset004_Hippocampus: nnU-Net's first fold keeps its validation cases: three of five test, two choose weights.
-    Of the others one half trains the base with both structures, the other the tasks."""
+    """Dataset004_Hippocampus, see `hippocampus_splits`. The base is trained on both structures."""
     name, structures = "Dataset004_Hippocampus", ("Anterior", "Posterior")
     raw, preprocessed = run.raw / name, run.preprocessed / name
     if not raw.exists():
         shutil.copytree(data, raw)
     run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
-    first = generate_crossval_split(_cases(raw), seed=12345, n_splits=5)[0]
-    tests, searched = ([case for i, case in enumerate(first["val"]) if (i % 5 < 3) == part] for part in (True, False))
-    splits = [{"train": first["train"][half::2], "val": cases}
-              for half, cases in ((0, tests), (1, tests), (1, searched))]
+    splits = hippocampus_splits(_cases(raw))
     write_splits(preprocessed, splits)
     return _split_tasks(run, "hippocampus", name, name, structures[:tasks], splits, features, first_id=901)
+
+
+def hippocampus_splits(cases: list[str]) -> list[dict[str, list[str]]]:
+    """nnU-Net's first fold keeps its validation cases: three of five test, two choose weights. One half of the others
+    trains the base, the other half the tasks."""
+    first = generate_crossval_split(cases, seed=12345, n_splits=5)[0]
+    tests, searched = ([case for i, case in enumerate(first["val"]) if (i % 5 < 3) == part] for part in (True, False))
+    return [{"train": first["train"][half::2], "val": kept} for half, kept in ((0, tests), (1, tests), (1, searched))]
 
 
 def brain(run: Steps, renderer: Path, features: int | None, tasks: int) -> Setting:
