@@ -188,7 +188,7 @@ def markdown(table: pd.DataFrame) -> str:
     rows = [[*(str(part) for part in (index if isinstance(index, tuple) else (index,))),
              *("" if isinstance(cell, float) and np.isnan(cell) else f"{cell:.3f}" if isinstance(cell, float)
                else str(cell) for cell in row)] for index, row in zip(table.index, table.to_numpy(object), strict=True)]
-    head = [*[""] * table.index.nlevels, *map(str, table.columns)]
+    head = [*(name or "" for name in table.index.names), *map(str, table.columns)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 

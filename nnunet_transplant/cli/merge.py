@@ -211,6 +211,10 @@ def run(args: Namespace) -> None:
     write_merge(merged, args.o, args.overwrite)
     for model in merged.values():
         report(model)
+    done = model.provenance
+    if len(done["inputs"]) > 1 and not done["fit_head"] and not done["polish"]:
+        print("note: the heads were trained on other networks than the merged one: --fit_head -d DATASET fits them "
+              "with a few images, without labels, and mostly helps much")
     print(f"wrote {args.o} ({', '.join('fold_' + fold for fold in merged)})\n"
           f"predict with it: nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {args.o} "
           f"-f {' '.join(merged)}")
@@ -222,6 +226,3 @@ def report(model: MergedModel) -> None:
           + ", ".join(name for name in model.dataset_json["labels"] if name not in ("background", "ignore")))
     for note in model.notes:
         print(f"note: {note}")
-    if len(inputs) > 1 and not model.provenance["fit_head"] and not model.provenance["polish"]:
-        print("note: the heads were trained on other networks than the merged one: --fit_head -d DATASET fits them "
-              "with a few images, without labels, and mostly helps much")
