@@ -89,7 +89,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Family:
-    """A base and what was fine-tuned from it and merged; evaluations by what they are about."""
+    """What was fine-tuned once from a base, and the folder of everything that is made of it."""
     regime: str
     seed: int
     base: Path
