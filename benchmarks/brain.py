@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from methods import merge_and_score
-from steps import PLANS, Steps, write_small_plans, write_splits
+from steps import PLANS, Steps, case_names, write_small_plans, write_splits
 
 BASE = "nnUNetTrainer_16epochs_125iterations_NoMirroring"
 TASK = "nnUNetTrainerTaskVector_10epochs_30iterations_NoMirroring"
@@ -42,7 +42,7 @@ def train(run: Steps, renderer: Path, device: str) -> dict[str, Path]:
     run(run.preprocessed / T1 / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 201 -c 3d_fullres -np 2")
     write_small_plans(run.preprocessed / T1)
     # the base takes all its volumes but a few that show how it learns; its own subjects are no test
-    cases = sorted(path.name.removesuffix(".nii.gz") for path in (run.raw / T1 / "labelsTr").iterdir())
+    cases = case_names(run.raw / T1)
     write_splits(run.preprocessed / T1, [{"train": cases[:-RENDERS], "val": cases[-RENDERS:]}])
     options = f"-p {PLANS} -device {device}"
     base = run.model(T1, BASE)
@@ -55,10 +55,8 @@ def train(run: Steps, renderer: Path, device: str) -> dict[str, Path]:
         "nnunet_transplant_split_tasks -d 202 -plans_from 201 -tasks "
         + " ".join(f"{name}={name if name != 'Joint' else '+'.join(STRUCTURES)}" for name in TASKS.values())
         + f" -ids {' '.join(map(str, TASKS))} -p {PLANS}")
-    tests = [case for case in sorted(path.name.removesuffix(".nii.gz")
-                                     for path in (run.raw / T2 / "labelsTr").iterdir()) if case[6:8] in ("15", "16")]
-    training = [path.name.removesuffix(".nii.gz") for path in sorted((run.raw / T2 / "labelsTr").iterdir())
-                if path.name.removesuffix(".nii.gz") not in tests]
+    tests, training = ([case for case in case_names(run.raw / T2) if (case[6:8] in ("15", "16")) == part]
+                       for part in (True, False))
     whole.mkdir(exist_ok=True)
     write_splits(whole, [{"train": training, "val": tests}])
     models = {"base": base}

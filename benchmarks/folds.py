@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, write_small_plans, write_splits
+from steps import PLANS, Steps, case_names, write_small_plans, write_splits
 
 DATASET = "Dataset004_Hippocampus"
 WHOLE, HALF = (f"nnUNetTrainer_{epochs}epochs_125iterations_NoMirroring" for epochs in (4, 2))
@@ -64,8 +64,7 @@ def prepare(run: Steps, data: Path) -> None:
     write_small_plans(preprocessed)
     for features in WIDTHS:
         write_small_plans(preprocessed, f"{PLANS}{features}", features)
-    write_splits(preprocessed, splits(sorted(path.name.removesuffix(".nii.gz")
-                                             for path in (raw / "labelsTr").iterdir())))
+    write_splits(preprocessed, splits(case_names(raw)))
     run(run.raw / "Dataset922_Posterior", "nnunet_transplant_split_tasks -d 4 -tasks Anterior=Anterior "
                                           f"Posterior=Posterior -ids 921 922 -p {PLANS}")
 

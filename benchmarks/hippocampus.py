@@ -13,7 +13,7 @@ from pathlib import Path
 
 from methods import merge_and_score
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, write_small_plans, write_splits
+from steps import PLANS, Steps, case_names, write_small_plans, write_splits
 from task_vector_files import size_and_dice
 
 BASE = "nnUNetTrainerStable_10epochs_150iterations_NoMirroring"
@@ -34,8 +34,7 @@ def main() -> None:
         shutil.copytree(args.data, raw)
     run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
     write_small_plans(preprocessed)
-    write_splits(preprocessed, splits(sorted(path.name.removesuffix(".nii.gz")
-                                             for path in (raw / "labelsTr").iterdir())))
+    write_splits(preprocessed, splits(case_names(raw)))
 
     train = f"-p {PLANS} -device {args.device}"
     base = run.model("Dataset004_Hippocampus", BASE)

@@ -53,6 +53,11 @@ def execute(command: Sequence[str], environment: Mapping[str, str]) -> None:
     subprocess.run([str(Path(sys.executable).with_name(program)), *arguments], env=environment, check=True)
 
 
+def case_names(raw: Path) -> list[str]:
+    """The labelled cases of a raw data set, sorted."""
+    return sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
+
+
 def write_small_plans(preprocessed: Path, name: str = PLANS, features: int = 16) -> None:
     """nnU-Net's own plans with fewer features, a smaller patch and batch 4, on the same preprocessed data."""
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import Steps, write_small_plans, write_splits
+from steps import PLANS, Steps, case_names, write_small_plans, write_splits
 
 # folds: what trains a base; what trains tasks, with the test cases for validation, and with those of searches
 BASE, TEST, SEARCH = 0, 1, 2
@@ -67,7 +67,7 @@ def hippocampus(run: Steps, data: Path, features: int | None, tasks: int) -> Set
     if not raw.exists():
         shutil.copytree(data, raw)
     run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
-    splits = hippocampus_splits(_cases(raw))
+    splits = hippocampus_splits(case_names(raw))
     write_splits(preprocessed, splits)
     return _split_tasks(run, "hippocampus", name, name, structures[:tasks], splits, features, first_id=901)
 
@@ -89,11 +89,11 @@ def brain(run: Steps, renderer: Path, features: int | None, tasks: int) -> Setti
         run(run.raw / name / "dataset.json", f"python {renderer} {run.raw / name} --contrast {contrast} "
                                              f"--subjects {subjects} --renders {renders} --spacing 4")
     run(run.preprocessed / base / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 201 -c 3d_fullres -np 2")
-    cases = _cases(run.raw / base)  # all but a few that show how the base learns; its own subjects are no test
+    cases = case_names(run.raw / base)  # all but a few that show how the base learns; its own subjects are no test
     write_splits(run.preprocessed / base, [{"train": cases[:-4], "val": cases[-4:]}])
 
     def chosen(subjects: Sequence[str], renders: Sequence[str]) -> list[str]:
-        return [case for case in _cases(run.raw / whole) if case[6:8] in subjects and case[9:] in renders]
+        return [case for case in case_names(run.raw / whole) if case[6:8] in subjects and case[9:] in renders]
 
     first = ("00", "01", "02", "03")
     training, tests = chosen(("11", "12", "13", "14"), first), chosen(("15", "16"), first)
@@ -109,7 +109,7 @@ def _split_tasks(run: Steps, name: str, base: str, whole: str, tasks: Sequence[s
                  features: int | None, first_id: int) -> Setting:
     """A data set for each task and for all that are merged together, preprocessed by the base's plans: nnU-Net's own,
     or with so many features small ones."""
-    plans = "nnUNetPlans" if features is None else "nnUNetPlansSmall"
+    plans = "nnUNetPlans" if features is None else PLANS
     if features is not None:
         write_small_plans(run.preprocessed / base, plans, features)
     structures = {task: (task,) for task in tasks} | {f"Joint{''.join(each)}": each for each in together(tasks)}
@@ -123,7 +123,3 @@ def _split_tasks(run: Steps, name: str, base: str, whole: str, tasks: Sequence[s
         write_splits(run.preprocessed / dataset, splits)
     return Setting(name, run, plans, base, whole, {task: datasets[task] for task in tasks},
                    {each: datasets[f"Joint{''.join(each)}"] for each in together(tasks)})
-
-
-def _cases(raw: Path) -> list[str]:
-    return sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
