@@ -81,9 +81,8 @@ class MergedNetwork:
                  theta_0: dict[str, torch.Tensor] | None, base: Path | None, device: torch.device,
                  step_size: float = 0.5, mirroring: bool = False) -> None:
         self.groups, self.theta_0, self.base = groups, theta_0, base
-        method = find(recipe.method)
-        needs_data = method.needs_data or method.then(recipe.parameters).needs_data
-        self.recipe = replace(recipe, fit_head=False, volumes=recipe.volumes if needs_data else None)
+        looks = find(recipe.method).looks(recipe.parameters)
+        self.recipe = replace(recipe, fit_head=False, volumes=recipe.volumes if looks else None)
         self.models = [model for group in groups for model in group]
         self.layout = self.models[0].layout
         self.merged = merge_models(groups, self.recipe, theta_0, base)

@@ -135,9 +135,8 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
     use_our_trainers()
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [open_models(path, None, checkpoint_name, trust, theta_0) for path in models]
-    looks = fit_head or how.needs_data or how.then(given).needs_data
     recipe = Recipe(method, space.weights(space.default), given, fit_head=fit_head,
-                    volumes=_volumes(dataset, fold, device) if looks else None)
+                    volumes=_volumes(dataset, fold, device) if fit_head or how.looks(given) else None)
     network = MergedNetwork(groups, recipe, theta_0, base, target_device, step_size, mirroring)
     job = _open_job(network, space, dataset, fold, plan, groups, progress)
 

@@ -202,7 +202,7 @@ class _Work:
                                                ("-search", searches)) if asked]
         if asking and not given:
             raise TransplantError(f"{asking[0]} needs volumes to look at: give -d DATASET")
-        if given and not (self.method.needs_data or self.then.needs_data or self.method.align or asking):
+        if given and not (self.method.looks(self.settings) or self.method.align or asking):
             raise TransplantError(f"method {self.method.name} looks at no volumes: leave out -d")
 
     def merge(self) -> dict[str, torch.Tensor]:

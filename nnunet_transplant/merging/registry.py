@@ -105,6 +105,10 @@ class Method:
         choosable = "then" in {parameter.name for parameter in self.parameters}
         return find(str(given.get("then", "average")) if choosable else "average")
 
+    def looks(self, given: Mapping[str, Any]) -> bool:
+        """Whether it, or the method that comes then, needs volumes."""
+        return bool(self.needs_data or self.then(given).needs_data)
+
     def settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All parameters, also those of the method that comes then, checked, the defaults filled in. Raises
         TransplantError for one that neither has."""
