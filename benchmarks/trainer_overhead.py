@@ -2,11 +2,12 @@
 
     python benchmarks/trainer_overhead.py [--patch 64 64 64] [--batch 1] [--device cpu] [--rounds 9]
 
-Three trainers of one network (nnU-Net's default 3d_fullres features: 31 M parameters) on the same batch, one forward
+Four trainers of one network (nnU-Net's default 3d_fullres features: 31 M parameters) on the same batch, one forward
 and backward pass a step: (a) nnU-Net's own train_step with torch's AdamW, (b) TaskVectorTrainer, (c) the textbook form
-theta_0 + tau as two sets of tensors, with torch.func.functional_call. Each lives in a process of its own, so that its
-peak memory is its own (resident set on a CPU, torch's allocations on a GPU); they take turns, one step at a time, so
-that a busy machine is busy for all three. On a busy CPU the processor time says more than the clock on the wall.
+theta_0 + tau as two sets of tensors, with torch.func.functional_call, (d) as (b), in bfloat16. Each lives in a process
+of its own, so that its peak memory is its own (resident set on a CPU, torch's allocations on a GPU); they take turns,
+one step at a time, so that a busy machine is busy for all of them. On a busy CPU the processor time says more than the
+clock on the wall.
 """
 import argparse
 import contextlib
@@ -68,8 +69,14 @@ class OneStepTaskVectorTrainer(TaskVectorTrainer):
     epochs = 1
 
 
+class BFloat16Trainer(OneStepTaskVectorTrainer):
+    """(d)"""
+    bfloat16 = True
+
+
 TRAINERS = {"(a) AdamW on the weights": AdamWTrainer, "(b) TaskVectorTrainer": OneStepTaskVectorTrainer,
-            "(c) theta_0 + tau, functional_call": FunctionalTrainer}
+            "(c) theta_0 + tau, functional_call": FunctionalTrainer,
+            "(d) TaskVectorTrainer, bfloat16": BFloat16Trainer}
 
 
 def plans(features: list[int], patch: list[int], batch: int) -> dict:
@@ -177,7 +184,7 @@ def main() -> None:
 
 
 def print_table(seconds: dict[str, list[tuple[float, float]]], memory: dict[str, int], weights: int) -> None:
-    """Ratios are medians of the ratios within a round: what slows a round down slows all three."""
+    """Ratios are medians of the ratios within a round: what slows a round down slows all of them."""
     first = next(iter(seconds))
     print(f"weights: {weights / 1e6:.0f} MB\n")
     print("| | s/step | time / (a) | quartiles | CPU s/step | CPU time / (a) | peak MB | above (a), in copies of the "

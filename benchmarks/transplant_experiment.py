@@ -23,8 +23,10 @@ from transplant_settings import (
     BASE,
     MAIN,
     REGIMES,
+    SCALES,
     SEARCH,
     TEST,
+    Scale,
     Setting,
     brain,
     curvature_folder,
@@ -49,45 +51,6 @@ METHODS = {"average": ("task_arithmetic", ""), "ties": ("ties", " -search lambda
 
 
 @dataclass(frozen=True)
-class Scale:
-    """features: of the first stage, None for nnU-Net's own plans. base_patches: that each base of a setting is trained
-    on, in so many epochs. task_steps: of eight patches, in so many epochs; suffix: of all trainers.
-    seeds: fine-tunings from a main base. searched_seeds: of these, whose merges' weights are searched, in so many
-    trials on so many cases; grid: values of both weights in the full map. curvature: options of flatness. all_joints:
-    joint models of all pairs. regimes: so many of REGIMES. tasks: so many of the brain's.
-    """
-    features: int | None
-    base_patches: dict[str, int]
-    base_epochs: int
-    task_steps: int
-    task_epochs: int
-    suffix: str
-    seeds: int
-    searched_seeds: dict[str, int]
-    trials: dict[str, int]
-    search_cases: int
-    grid: int
-    curvature: str
-    all_joints: bool
-    regimes: int = len(REGIMES)
-    tasks: int = 4
-
-    def trainer(self, name: str, epochs: int, steps: int) -> str:
-        return f"{name}_{epochs}epochs_{steps // epochs}iterations{self.suffix}"
-
-
-SCALES = {
-    "toy": Scale(4, {"hippocampus": 8, "brain": 8}, 1, 2, 2, "_NoMirroring", 1, {"hippocampus": 1, "brain": 1},
-                 {"hippocampus": 1, "brain": 1}, 1, 3, "-n_patches 1 -n_eigenvalues 1 -n_probes 2", False, 2, 3),
-    "small": Scale(16, {"hippocampus": 6000, "brain": 12000}, 10, 250, 10, "_NoMirroring", 3,
-                   {"hippocampus": 3, "brain": 1}, {"hippocampus": 44, "brain": 20}, 6, 21,
-                   "-n_patches 16 -n_eigenvalues 10 -n_probes 6", False),
-    "full": Scale(None, {"hippocampus": 100000, "brain": 100000}, 100, 2500, 10, "", 3,
-                  {"hippocampus": 3, "brain": 3}, {"hippocampus": 44, "brain": 60}, 16, 21,
-                  "-n_patches 64 -n_eigenvalues 10 -n_probes 10", True)}
-
-
-@dataclass(frozen=True)
 class Family:
     """What was fine-tuned once from a base, and the folder of everything that is made of it."""
     regime: str
@@ -109,7 +72,7 @@ class Experiment:
 
     def base(self, regime: str) -> Path:
         trainer, batch, length = REGIMES[regime]
-        steps = self.scale.base_patches[self.setting.name] // batch * length
+        steps = self.scale.base_patches // batch * length
         return self._train(self.run, self.setting.base, BASE,
                            self.scale.trainer(trainer, self.scale.base_epochs, steps))
 
@@ -152,15 +115,14 @@ class Experiment:
 
     def search(self, family: Family) -> None:
         """The same with searched weights, of the first fine-tunings."""
-        if family.seed >= self.scale.searched_seeds[self.setting.name]:
+        if family.seed >= self.scale.searched_seeds:
             return
         merged = []
         for tasks in self.setting.merges:
             for method, (turned, more) in METHODS.items():
                 name = merge_name(method, "searched", tasks)
                 sweep = family.work / "searches" / name
-                self._sweep(family, tasks, sweep, f"-trials {self.scale.trials[self.setting.name]} -sampler gp "
-                                                  f"-method {turned}{more}")
+                self._sweep(family, tasks, sweep, f"-trials {self.scale.trials} -sampler gp -method {turned}{more}")
                 merged.append(family.work / "merged" / name)
                 self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
                                      f"-method {turned} -weights @{sweep}/weights.json")
@@ -215,9 +177,12 @@ class Experiment:
         """Of each family's base, on the cases it was trained on: a minimum is one of these cases' loss."""
         tasks = " ".join(str(expert) for family in families for expert in family.experts.values())
         bases = " ".join(dict.fromkeys(str(family.base) for family in families))
-        output = curvature_folder(self.work, [family.regime for family in families])
+        regimes = [family.regime for family in families]
+        output = curvature_folder(self.work, regimes)
+        eigenvalues = self.scale.eigenvalues if regimes == [*MAIN] else 1
         self.run(output, f"nnunet_transplant_flatness -m {bases} -tasks {tasks} -d {self.setting.base} "
-                         f"-cases train:{BASE} {self.scale.curvature} -device {self.device} -o {output}")
+                         f"-cases train:{BASE} {self.scale.curvature} -n_eigenvalues {eigenvalues} "
+                         f"-device {self.device} -o {output}")
 
     def interference(self, family: Family) -> None:
         output = family.work / "interference"
@@ -283,9 +248,9 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="train and measure nothing")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    scale = SCALES[args.scale]
     for name, data, prepare in (("hippocampus", args.hippocampus, hippocampus), ("brain", args.brain, brain)):
         if data is not None:
+            scale = SCALES[args.scale][name]
             setting = prepare(Steps(args.work / name), data.resolve(), scale.features, scale.tasks)
             if not args.tables:
                 Experiment(setting, scale, args.device)()

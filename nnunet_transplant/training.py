@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.helpers import dummy_context
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -156,6 +155,7 @@ class TransplantTrainer(nnUNetTrainer):
     gradient_clip = 1.0
     iterations_per_epoch: int | None = None  # None: nnU-Net's 250 (and 50 for validation)
     mirroring = True
+    bfloat16 = False
 
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict,
                  device: torch.device = torch.device("cuda")):  # noqa: B008 - nnU-Net's own signature
@@ -228,10 +228,18 @@ class TransplantTrainer(nnUNetTrainer):
         target = batch["target"]
         target = [t.to(self.device, non_blocking=True) for t in target] if isinstance(target, list) \
             else target.to(self.device, non_blocking=True)
-        with torch.autocast("cuda") if self.device.type == "cuda" else dummy_context():
-            loss = self.loss(self.network(data), target) / self.num_micro_batches
+        with self._autocast():
+            output = self.network(data)
+            if self.bfloat16:  # the loss in full precision: a CPU's autocast leaves its sums as they are
+                output = [o.float() for o in output] if isinstance(output, list) else output.float()
+            loss = self.loss(output, target) / self.num_micro_batches
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
         return loss.detach()
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
     def before_step(self) -> None:
         """Called with the gradients of the whole effective batch, before they are clipped."""
@@ -360,21 +368,22 @@ class TaskVectorTrainer(TransplantTrainer):
 
 
 _VARIANT = re.compile(r"(?:_(?P<epochs>[1-9]\d*)epochs?)?(?:_(?P<iterations>[1-9]\d*)iterations?)?"
-                      r"(?P<mirroring>_NoMirroring)?")
+                      r"(?P<mirroring>_NoMirroring)?(?P<bfloat16>_BFloat16)?")
 
 
 def variants_of(trainer: type[TransplantTrainer]) -> Callable[[str], type[TransplantTrainer]]:
     """A module-level `__getattr__` (PEP 562) that makes trainers of any length on demand.
 
     nnU-Net looks trainers up with `hasattr(module, name)`: NAME_20epochs, NAME_20epochs_100iterations (optimiser steps
-    an epoch instead of 250) and NAME_20epochs_NoMirroring all exist for every N.
+    an epoch instead of 250), NAME_20epochs_NoMirroring and NAME_20epochs_BFloat16 all exist for every N.
     """
     def find(name: str) -> type[TransplantTrainer]:
         match = _VARIANT.fullmatch(name.removeprefix(trainer.__name__)) if name.startswith(trainer.__name__) else None
         if match is None or name == trainer.__name__:
             raise AttributeError(name)
         changes = {"epochs": int(match["epochs"] or trainer.epochs),
-                   "mirroring": trainer.mirroring and not match["mirroring"]}
+                   "mirroring": trainer.mirroring and not match["mirroring"],
+                   "bfloat16": trainer.bfloat16 or bool(match["bfloat16"])}
         if match["iterations"]:
             changes["iterations_per_epoch"] = int(match["iterations"])
         return type(name, (trainer,), changes | {"__module__": trainer.__module__, "__doc__": trainer.__doc__})

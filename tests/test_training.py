@@ -150,7 +150,7 @@ def test_epochs_for_the_heads_alone() -> None:
     ("", None, 250, 50, True), ("_1epoch", 1, 250, 50, True), ("_20epochs", 20, 250, 50, True),
     ("_4321epochs", 4321, 250, 50, True), ("_7epochs_30iterations", 7, 30, 6, True),
     ("_2iterations", None, 2, 1, True), ("_NoMirroring", None, 250, 50, False),
-    ("_3epochs_1iteration_NoMirroring", 3, 1, 1, False)])
+    ("_3epochs_1iteration_NoMirroring", 3, 1, 1, False), ("_1epoch_NoMirroring_BFloat16", 1, 250, 50, False)])
 def test_variants(root, name, suffix, epochs, iterations, validation, mirroring) -> None:
     trainer = new_trainer(name + suffix)
     assert type(trainer).__name__ == name + suffix
@@ -159,10 +159,11 @@ def test_variants(root, name, suffix, epochs, iterations, validation, mirroring)
     *_, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
     assert axes == trainer.inference_allowed_mirroring_axes == ((0, 1, 2) if mirroring else None)
     assert trainer.save_every <= max(1, trainer.num_epochs // 20)
+    assert trainer.bfloat16 == suffix.endswith("_BFloat16")
 
 
 @pytest.mark.parametrize("suffix", ["_0epochs", "_epochs", "_5", "_5epochs_", "_1.5epochs", "_5iterations_5epochs",
-                                    "_nomirroring", "_5epochsX", "s", "_-5epochs"])
+                                    "_nomirroring", "_BFloat16_NoMirroring", "_5epochsX", "s", "_-5epochs"])
 def test_nonsense_is_no_variant(root: Path, suffix: str) -> None:
     module = __import__("nnunet_transplant.trainers.nnUNetTrainerStable", fromlist=["nnUNetTrainerStable"])
     with pytest.raises(AttributeError):
@@ -348,13 +349,14 @@ def test_body_waits_for_the_heads(root: Path, base: Path) -> None:
     assert any(not torch.equal(after[name], before[name]) for name in body)
 
 
-def accumulated_gradient(root: Path, planned: int, batch_dice: bool, labels: dict) -> dict[str, torch.Tensor]:
+def accumulated_gradient(root: Path, planned: int, batch_dice: bool, labels: dict,
+                         variant: str = "") -> dict[str, torch.Tensor]:
     """The gradient of one step of nnUNetTrainerPlastic on the same 8 samples, by nnU-Net's own loss."""
     plans = small_plans()
     plans["configurations"]["3d_fullres"] |= {"batch_size": planned, "batch_dice": batch_dice}
     write_dataset(root, plans, labels)
     torch.manual_seed(0)
-    trainer = new_trainer("nnUNetTrainerPlastic")
+    trainer = new_trainer(f"nnUNetTrainerPlastic{variant}")
     trainer.initialize()
     assert (trainer.batch_size, trainer.num_micro_batches) == (planned, 8 // planned)
     whole = batch(trainer, 0, size=8)
@@ -376,10 +378,29 @@ def accumulated_gradient(root: Path, planned: int, batch_dice: bool, labels: dic
     (False, LABELS, True), (True, LABELS, False), (False, LABELS | {"ignore": 3}, False)])
 def test_accumulation_is_the_large_batch_where_the_loss_is_a_mean_over_samples(root, batch_dice, labels, equal) -> None:
     large, small = (accumulated_gradient(root, planned, batch_dice, labels) for planned in (8, 2))
-    assert large.keys() == small.keys()
-    difference = torch.cat([(large[name] - small[name]).flatten() for name in large]).norm()
-    relative = difference / torch.cat([g.flatten() for g in large.values()]).norm()
+    relative = relative_difference(small, large)
     assert (relative < 1e-5) if equal else (relative > 1e-3)
+
+
+def relative_difference(tensors: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    assert tensors.keys() == reference.keys()
+    difference = torch.cat([(tensors[name] - reference[name]).flatten() for name in reference]).norm()
+    return float(difference / torch.cat([tensor.flatten() for tensor in reference.values()]).norm())
+
+
+def test_bfloat16_is_in_the_network_only(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients as rounded as bfloat16 is (8 bits), of a loss in float32, for weights that stay float32."""
+    exact = accumulated_gradient(root, 2, False, LABELS)
+    seen, build = set(), nnUNetTrainer._build_loss
+
+    def watched(trainer: nnUNetTrainer) -> Callable:
+        loss = build(trainer)
+        return lambda outputs, target: (seen.update(o.dtype for o in outputs), loss(outputs, target))[1]
+    monkeypatch.setattr(nnUNetTrainer, "_build_loss", watched)
+    rounded = accumulated_gradient(root, 2, False, LABELS, "_BFloat16")
+    assert seen == {torch.float32}
+    assert all(gradient.dtype == torch.float32 for gradient in rounded.values())
+    assert 1e-4 < relative_difference(rounded, exact) < 0.1
 
 
 def test_a_step_the_grad_scaler_skips_leaves_every_weight(root: Path, base: Path) -> None:

@@ -22,9 +22,10 @@ class nnUNetTrainerPlasticRate(TransplantTrainer):
 
 
 class nnUNetTrainerHeadsOnly(TaskVectorTrainer):
-    def before_step(self) -> None:
+    def on_train_start(self) -> None:
+        super().on_train_start()
         for p in self.optimizer.param_groups[0]["params"]:
-            p.grad = None
+            p.requires_grad_(False)
 
 
 def __getattr__(name: str) -> Callable:
