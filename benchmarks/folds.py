@@ -3,17 +3,27 @@
     python benchmarks/folds.py DATA/Dataset004_Hippocampus WORK
 
 Of nnU-Net's first split the 40 validation cases are the test, which no model sees. The other 160 make folds as nnU-Net
-makes them, each trained from its own random weights (folds), or from one base of half the steps (based); beside them
-one model of all 160 cases (all), Anterior and Posterior as tasks without a common base, and wider networks. Every step
-is a command a user types, run as such; a step whose result is there is skipped, so an interrupted run goes on.
+makes them, each trained from its own random weights, or from one base of half the steps; beside them one model of all
+160 cases, Anterior and Posterior as tasks without a common base, and wider networks. Every step is a command a user
+types, run as such; a step whose result is there is skipped, so an interrupted run goes on. Last, what one model and an
+ensemble of five take for a volume, side by side.
 """
 import argparse
+import json
 import shutil
+import statistics
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from steps import PLANS, Steps, case_names, write_small_plans, write_splits
+
+from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.prediction import predictor, torch_device
 
 DATASET = "Dataset004_Hippocampus"
 WHOLE, HALF = (f"nnUNetTrainer_{epochs}epochs_125iterations_NoMirroring" for epochs in (4, 2))
@@ -34,8 +44,9 @@ METHODS = {
     "activation_align, head fitted": f"{ALIGNED} --fit_head",
     "activation_align, regmean": f"{ALIGNED} -then regmean -off_diagonal 0.5",
     "activation_align, refit": f"{ALIGNED} -then refit -positions 512"}
-AT_EVERY_WIDTH = ("average", "activation_align", "mudsc_align, alpha 0.5", "mudsc_zip, alpha 0.5",
-                  "mudsc_zip, head fitted", "activation_align, head fitted")
+PRACTICAL = ("average", "average, head fitted", "activation_align", "activation_align, head fitted",
+             "mudsc_zip, alpha 0.5", "mudsc_zip, head fitted")
+AT_EVERY_WIDTH = (*PRACTICAL[:1], *PRACTICAL[2:], "mudsc_align, alpha 0.5")
 POLISHED = 150  # steps
 
 
@@ -48,12 +59,19 @@ def main() -> None:
     run = Steps(args.work)
     prepare(run, args.data)
     train(run, args.device)
-    for name, dataset, trainer, plans, folds in (
-            ("folds", DATASET, WHOLE, PLANS, (0, 1, 2)), ("based", DATASET, HALF, PLANS, range(ALL)),
-            ("based without fold 0", DATASET, HALF, PLANS, range(1, ALL)),  # which failed in training
-            *((f"width {width}", DATASET, HALF, f"{PLANS}{width}", folds) for width, folds in WIDTHS.items())):
-        model = run.model(dataset, trainer, plans)
-        merge_and_score(run, name, [model / f"fold_{number}" for number in folds], args.device)
+    base = run.model(DATASET, HALF) / f"fold_{ALL}" / "checkpoint_final.pth"
+    ties = {"ties": f"-method ties -base {base}", "ties, head fitted": f"-method ties -base {base} {LOOK} --fit_head"}
+    practical = {name: METHODS[name] for name in PRACTICAL}
+    for name, trainer, plans, folds, methods in (
+            ("folds", WHOLE, PLANS, (0, 1, 2), METHODS),
+            ("five folds from scratch", WHOLE, PLANS, range(ALL), practical),
+            ("five folds from one base", HALF, PLANS, range(ALL), practical | ties),
+            ("four folds from one base", HALF, PLANS, range(1, ALL), practical | ties),  # fold 0 failed in training
+            *((f"width {width}", HALF, f"{PLANS}{width}", folds, {name: METHODS[name] for name in AT_EVERY_WIDTH})
+              for width, folds in WIDTHS.items())):
+        model = run.model(DATASET, trainer, plans)
+        merge_and_score(run, name, [model / f"fold_{number}" for number in folds], methods, args.device)
+    print_seconds(run, run.model(DATASET, WHOLE), torch_device(args.device))
 
 
 def prepare(run: Steps, data: Path) -> None:
@@ -84,7 +102,7 @@ def train(run: Steps, device: str) -> None:
             f"nnUNetv2_train {dataset} 3d_fullres {number} -tr {trainer} -p {plans} -device {device}{start}")
         return checkpoint
 
-    for number in (0, 1, 2, ALL):
+    for number in (*range(ALL), ALL):
         fold(DATASET, number, WHOLE)
     base = fold(DATASET, ALL, HALF)
     for number in range(ALL):
@@ -96,7 +114,7 @@ def train(run: Steps, device: str) -> None:
             fold(DATASET, number, HALF, f"{PLANS}{width}")
 
 
-def merge_and_score(run: Steps, name: str, folds: list[Path], device: str) -> None:
+def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[str, str], device: str) -> None:
     """Merge folds by every method, and score all on the test cases beside them, their ensemble and, where there is one,
     a model of all cases."""
     work = run.work / name.replace(" ", "_")
@@ -117,7 +135,6 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], device: str) -> No
     every = folds[0].parent / f"fold_{ALL}" / "checkpoint_final.pth"
     if every.exists():
         models["all cases"] = every
-    methods = {method: METHODS[method] for method in AT_EVERY_WIDTH} if name.startswith("width") else METHODS
     for method, options in (methods | more).items():
         models[method] = work / method.replace(", ", "_").replace(" ", "_")
         run(models[method], f"nnunet_transplant_merge -m {checkpoints} -o {models[method]} {options}")
@@ -134,6 +151,25 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], device: str) -> No
     table = table.assign(mean=table.mean(axis=1))
     table["of the ensemble"] = table["mean"] / table.loc["ensemble", "mean"]
     print(f"{name}\n{table.round(3).to_string()}", flush=True)
+
+
+def print_seconds(run: Steps, model: Path, device: torch.device, rounds: int = 3) -> None:
+    """nnU-Net's prediction of preprocessed volumes by one model and by an ensemble of five, in turn. A merged model is
+    one model, whatever it is merged from."""
+    folds = open_models(model, [str(number) for number in range(ALL)])
+    both = {"one model": predictor(folds[:1], device, progress_bar=False),
+            "ensemble of five": predictor(folds, device, progress_bar=False)}
+    data = run.preprocessed / DATASET / "nnUNetPlans_3d_fullres"
+    cases = json.loads((run.preprocessed / DATASET / "splits_final.json").read_text())[ALL]["val"][:8]
+    seconds = {name: [] for name in both}
+    for case in cases * rounds:
+        volume = torch.from_numpy(nnUNetDatasetBlosc2(str(data), [case]).load_case(case)[0][:])
+        for name, each in both.items():
+            start = time.perf_counter()
+            each.predict_logits_from_preprocessed_data(volume)
+            seconds[name].append(time.perf_counter() - start)
+    for name, each in seconds.items():
+        print(f"{name}: {statistics.median(each):.2f} s a volume ({min(each):.2f} to {max(each):.2f})")
 
 
 if __name__ == "__main__":

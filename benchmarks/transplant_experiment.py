@@ -34,8 +34,10 @@ from transplant_settings import (
     hippocampus,
 )
 from transplant_tables import (
+    curvature,
     maps,
     markdown,
+    mean_scores,
     others,
     pairs,
     rank_correlations,
@@ -219,9 +221,10 @@ def merge_name(method: str, weights: str, tasks: Sequence[str]) -> str:
 def show(setting: Setting, documentation: Path | None) -> None:
     """Print the tables, or write them and the figures into the documentation."""
     work = setting.run.work
-    known = pairs(work)
-    tables = (table_1(work), table_3(work), others(work), maps(work), known.set_index(["regime", "seed", "tasks"]),
-              rank_correlations(known))
+    dice, measured = mean_scores(work), curvature(work)
+    known = pairs(work, dice, measured)
+    tables = (table_1(dice, measured), table_3(dice), others(dice), maps(work),
+              known.set_index(["regime", "seed", "tasks"]), rank_correlations(known))
     for name, table in zip(TABLES, tables, strict=True):
         if documentation is None:
             print(f"{setting.name}: {name}\n{table.to_string()}\n")

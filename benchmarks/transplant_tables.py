@@ -1,7 +1,7 @@
 """The tables and figures of transplant_experiment.py, from whatever of its results is there."""
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +47,16 @@ def _kind(folder: str, label: str, structure: str) -> tuple[str, str]:
 
 
 def means(table: pd.DataFrame) -> pd.Series:
-    """The mean Dice over structures and cases, every structure with the same weight, of each model."""
+    """The mean Dice over structures and cases, every structure with the same weight, of each model: by regime, seed,
+    kind and tasks."""
     keys = ["regime", "seed", "kind", "tasks"]
     return table.groupby([*keys, "structure"])["dice"].mean().groupby(keys).mean()
+
+
+def mean_scores(work: Path) -> pd.Series:
+    """`means` of what was scored; of a base of all structures, one number."""
+    table = scores(work)
+    return means(table.assign(tasks=table["tasks"].where(table["kind"] != "base", "")))
 
 
 def curvature(work: Path) -> dict[str, dict]:
@@ -62,11 +69,10 @@ def curvature(work: Path) -> dict[str, dict]:
     return found
 
 
-def table_1(work: Path) -> pd.DataFrame:
+def table_1(dice: pd.Series, measured_bases: Mapping[str, dict]) -> pd.DataFrame:
     """Each base's Dice and the width of its minimum (U-Net Transplant, Table 1)."""
-    dice = means(scores(work)[lambda rows: rows["kind"] == "base"].assign(tasks=""))
     rows = {}
-    for regime, measured in curvature(work).items():
+    for regime, measured in measured_bases.items():
         rows[regime] = [f"{dice[regime, 0, 'base', '']:.3f}", f"{measured['loss']:.3f}",
                         f"{measured['fisher_trace']:.3g}", f"{measured['fisher_largest'][0]:.2g}",
                         f"{measured['hessian_eigenvalues'][0]:.3g}",
@@ -76,10 +82,9 @@ def table_1(work: Path) -> pd.DataFrame:
             [regime for regime in REGIMES if regime in rows])
 
 
-def table_3(work: Path) -> pd.DataFrame:
+def table_3(dice: pd.Series) -> pd.DataFrame:
     """Tasks that are merged x method and weights, beside experts and the joint model: mean over the fine-tunings, and
     where there are several, their range (U-Net Transplant, Table 3)."""
-    dice = means(scores(work))
     experts = dice.xs("expert", level="kind")
     rows = {}
     for regime in REGIMES:
@@ -96,9 +101,8 @@ def table_3(work: Path) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=[*TITLES.values(), "joint", "experts"])
 
 
-def others(work: Path) -> pd.DataFrame:
+def others(dice: pd.Series) -> pd.DataFrame:
     """The base as it is, and with new heads only."""
-    dice = means(scores(work))
     found = pd.DataFrame({kind: dice.xs(kind, level="kind").groupby("regime").mean()
                           for kind in ("base", "heads only") if kind in dice.index.get_level_values("kind")})
     return found.loc[[regime for regime in REGIMES if regime in found.index]]
@@ -131,10 +135,10 @@ def _with_range(values: Sequence[float]) -> str:
     return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 
-def pairs(work: Path) -> pd.DataFrame:
+def pairs(work: Path, dice: pd.Series, measured: Mapping[str, dict]) -> pd.DataFrame:
     """Every pair that was merged: what was known before, and what merging with default weights lost of the experts'
     Dice."""
-    dice, measured, rows = means(scores(work)), curvature(work), []
+    rows = []
     for regime, seed, folder in families(work):
         file = folder / "interference" / "interference.csv"
         if not file.exists():
