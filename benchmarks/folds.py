@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, case_names, write_small_plans, write_splits
+from steps import PLANS, Steps, prepare_hippocampus, write_small_plans
 
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor, torch_device
@@ -75,14 +75,10 @@ def main() -> None:
 
 
 def prepare(run: Steps, data: Path) -> None:
-    raw, preprocessed = run.raw / DATASET, run.preprocessed / DATASET
-    if not raw.exists():
-        shutil.copytree(data, raw)
-    run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
+    preprocessed = prepare_hippocampus(run, data, splits)
     write_small_plans(preprocessed)
     for features in WIDTHS:
         write_small_plans(preprocessed, f"{PLANS}{features}", features)
-    write_splits(preprocessed, splits(case_names(raw)))
     run(run.raw / "Dataset922_Posterior", "nnunet_transplant_split_tasks -d 4 -tasks Anterior=Anterior "
                                           f"Posterior=Posterior -ids 921 922 -p {PLANS}")
 

@@ -8,12 +8,11 @@ the 40 cases that no model saw. Beside them a stock nnUNetTrainer with as many s
 types, run as such; a step whose result is there is skipped, so an interrupted run goes on. Prints seconds per step.
 """
 import argparse
-import shutil
 from pathlib import Path
 
 from methods import merge_and_score
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, case_names, write_small_plans, write_splits
+from steps import PLANS, Steps, prepare_hippocampus, write_small_plans
 from task_vector_files import size_and_dice
 
 BASE = "nnUNetTrainerStable_10epochs_150iterations_NoMirroring"
@@ -29,12 +28,7 @@ def main() -> None:
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     run = Steps(args.work)
-    raw, preprocessed = run.raw / "Dataset004_Hippocampus", run.preprocessed / "Dataset004_Hippocampus"
-    if not raw.exists():
-        shutil.copytree(args.data, raw)
-    run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
-    write_small_plans(preprocessed)
-    write_splits(preprocessed, splits(case_names(raw)))
+    write_small_plans(prepare_hippocampus(run, args.data, splits))
 
     train = f"-p {PLANS} -device {args.device}"
     base = run.model("Dataset004_Hippocampus", BASE)

@@ -2,10 +2,11 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nnunet_transplant.environment import ext_trainer_value
@@ -56,6 +57,16 @@ def execute(command: Sequence[str], environment: Mapping[str, str]) -> None:
 def case_names(raw: Path) -> list[str]:
     """The labelled cases of a raw data set, sorted."""
     return sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
+
+
+def prepare_hippocampus(run: Steps, data: Path, splits: Callable[[list[str]], list[dict[str, list[str]]]]) -> Path:
+    """Dataset004_Hippocampus planned, preprocessed and split by `splits`, of its cases; its preprocessed folder."""
+    raw, preprocessed = (folder / "Dataset004_Hippocampus" for folder in (run.raw, run.preprocessed))
+    if not raw.exists():
+        shutil.copytree(data, raw)
+    run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
+    write_splits(preprocessed, splits(case_names(raw)))
+    return preprocessed
 
 
 def write_small_plans(preprocessed: Path, name: str = PLANS, features: int = 16) -> None:

@@ -1,6 +1,5 @@
 """The regimes and the two data sets of transplant_experiment.py, these made ready for nnU-Net: which cases a base sees,
 which its tasks, which choose the weights of merges, and which test."""
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, case_names, write_small_plans, write_splits
+from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_plans, write_splits
 
 # folds: what trains a base; what trains tasks, with the test cases for validation, and with those of searches
 BASE, TEST, SEARCH = 0, 1, 2
@@ -108,12 +107,8 @@ def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
 def hippocampus(run: Steps, data: Path, features: int | None, tasks: int) -> Setting:
     """Dataset004_Hippocampus, see `hippocampus_splits`. The base is trained on both structures."""
     name, structures = "Dataset004_Hippocampus", ("Anterior", "Posterior")
-    raw, preprocessed = run.raw / name, run.preprocessed / name
-    if not raw.exists():
-        shutil.copytree(data, raw)
-    run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
-    splits = hippocampus_splits(case_names(raw))
-    write_splits(preprocessed, splits)
+    prepare_hippocampus(run, data, hippocampus_splits)
+    splits = hippocampus_splits(case_names(run.raw / name))
     return _split_tasks(run, "hippocampus", name, name, structures[:tasks], splits, features, first_id=901)
 
 
