@@ -42,6 +42,7 @@ from transplant_tables import (
     pairs,
     rank_correlations,
     save_four_tasks_figure,
+    save_summary_figure,
     table_1,
     table_3,
     write_section,
@@ -218,10 +219,10 @@ def merge_name(method: str, weights: str, tasks: Sequence[str]) -> str:
     return f"{method}_{weights}_{'-'.join(tasks)}"
 
 
-def show(setting: Setting, documentation: Path | None) -> None:
+def show(setting: Setting, dice: pd.Series, documentation: Path | None) -> None:
     """Print the tables, or write them and the figures into the documentation."""
     work = setting.run.work
-    dice, measured = mean_scores(work), curvature(work)
+    measured = curvature(work)
     known = pairs(work, dice, measured)
     tables = (table_1(dice, measured), table_3(dice), others(dice), maps(work),
               known.set_index(["regime", "seed", "tasks"]), rank_correlations(known))
@@ -251,13 +252,17 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="train and measure nothing")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
+    dice, tasks = {}, {}
     for name, data, prepare in (("hippocampus", args.hippocampus, hippocampus), ("brain", args.brain, brain)):
         if data is not None:
             scale = SCALES[args.scale][name]
             setting = prepare(Steps(args.work / name), data.resolve(), scale.features, scale.tasks)
             if not args.tables:
                 Experiment(setting, scale, args.device)()
-            show(setting, args.documentation)
+            dice[name], tasks[name] = mean_scores(setting.run.work), [*setting.tasks]
+            show(setting, dice[name], args.documentation)
+    if args.documentation is not None and dice:
+        save_summary_figure(dice, tasks, args.documentation / "transplant.png")
 
 
 if __name__ == "__main__":

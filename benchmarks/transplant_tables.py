@@ -187,6 +187,27 @@ def save_four_tasks_figure(work: Path, tasks: Sequence[str], path: Path) -> None
     save_dice_figure(dice, [*tasks, "Overall"], models, f"{len(tasks)} tasks merged into one model", path)
 
 
+def save_summary_figure(dice: Mapping[str, pd.Series], tasks: Mapping[str, Sequence[str]], path: Path) -> None:
+    """What base, head and merging are worth: all tasks of each setting in one model; a dot is a fine-tuning.
+
+    dice: `mean_scores` of each setting; tasks: the setting's."""
+    bars, models = {}, []
+    for kind, title in (("average default", "average"), ("average fitted", "average, head fitted"),
+                        ("joint", "trained on all tasks together"), ("expert", "experts, a model for each task")):
+        for regime in reversed(MAIN):
+            models.append(f"{regime} base: {title}")
+            for setting, known in dice.items():
+                if (regime, kind) in known.droplevel(["seed", "tasks"]).index:
+                    rows = known.xs((regime, kind), level=("regime", "kind"))
+                    wanted = [*tasks[setting]] if kind == "expert" else ["-".join(tasks[setting])]
+                    bars[_group(setting, tasks), models[-1]] = rows.unstack()[wanted].mean(axis=1).dropna().tolist()
+    save_dice_figure(bars, [_group(setting, tasks) for setting in dice], models, "Several tasks in one model", path)
+
+
+def _group(setting: str, tasks: Mapping[str, Sequence[str]]) -> str:
+    return f"{setting}, {len(tasks[setting])} tasks"
+
+
 def markdown(table: pd.DataFrame) -> str:
     """A table for documentation; no dependency more."""
     rows = [[*(str(part) for part in (index if isinstance(index, tuple) else (index,))),
