@@ -8,8 +8,9 @@ vectors from them, three times from the two main ones; merges all pairs and all 
 weights searched on cases of their own; and scores everything on cases that no training and no search saw. Beside them
 joint models, experts, and the base with new heads only. Then it measures curvature and interference.
 
-Every step is a command a user types, run as such. A step whose result is there is skipped, so an interrupted run goes
-on. Without -documentation it prints the tables; with --tables it only makes them, from what is there so far.
+Every step is a command a user types, run as such. A step whose result is there is skipped, a training that was cut off
+continues, so an interrupted run goes on. Without -documentation it prints the tables; with --tables it only makes them,
+from what is there so far.
 """
 import argparse
 import shutil
@@ -92,6 +93,8 @@ class Experiment:
     def _train(self, run: Steps, dataset: str, fold: int, trainer: str, base: Path | None = None) -> Path:
         model = run.model(dataset, trainer, self.setting.plans)
         start = "" if base is None else f" -pretrained_weights {base}/fold_{BASE}/checkpoint_final.pth"
+        if (model / f"fold_{fold}" / "checkpoint_latest.pth").exists():
+            start = " --c"
         run(model / f"fold_{fold}" / "checkpoint_final.pth",
             f"nnUNetv2_train {dataset} 3d_fullres {fold} -tr {trainer} -p {self.setting.plans} "
             f"-device {self.device}{start}")

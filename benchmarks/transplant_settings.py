@@ -68,8 +68,9 @@ FULL = Scale(features=None, base_patches=100000, base_epochs=100, task_steps=250
              eigenvalues=10, all_joints=True)
 SCALES = {"toy": {"hippocampus": TOY, "brain": TOY},
           "small": {"hippocampus": SMALL,
-                    "brain": replace(SMALL, base_patches=18000, task_steps=400, suffix="_NoMirroring_BFloat16",
-                                     searched_seeds=1, trials=20, grid=11, regimes=len(MAIN))},
+                    "brain": replace(SMALL, base_patches=18000, task_steps=800, task_epochs=20,
+                                     suffix="_NoMirroring_BFloat16", searched_seeds=1, trials=20, grid=11,
+                                     regimes=len(MAIN))},
           "full": {"hippocampus": FULL, "brain": replace(FULL, trials=60)}}
 
 
