@@ -25,7 +25,7 @@ class Steps:
         self.environment = os.environ | {
             "nnUNet_raw": str(self.raw), "nnUNet_preprocessed": str(self.preprocessed),
             "nnUNet_results": str(self.results), "nnUNet_n_proc_DA": "2", "nnUNet_def_n_proc": "2",
-            "OMP_WAIT_POLICY": "PASSIVE", "nnUNet_extTrainer": os.pathsep.join([ext_trainer_value(), str(trainers)])}
+            "nnUNet_extTrainer": os.pathsep.join([ext_trainer_value(), str(trainers)])}
 
     def __call__(self, result: Path, command: str) -> None:
         """Run a command (words without spaces inside) unless `result`, which it makes, is there."""
