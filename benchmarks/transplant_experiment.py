@@ -42,7 +42,7 @@ from transplant_tables import (
     others,
     pairs,
     rank_correlations,
-    save_four_tasks_figure,
+    save_all_tasks_figure,
     save_summary_figure,
     table_1,
     table_3,
@@ -236,13 +236,14 @@ def show(setting: Setting, dice: pd.Series, documentation: Path | None) -> None:
             write_section(documentation / "results.md", f"{setting.name}: {name}",
                           markdown(table) if len(table) else "Not measured.")
     if documentation is not None:
-        shutil.copy(curvature_folder(work, MAIN) / "flatness.png", documentation / f"{setting.name}_flatness.png")
-        for regime in MAIN:
-            for name in ("map", "map_fitted"):
-                shutil.copy(work / f"{folder_name(regime)}_0" / name / "sweep.png",
-                            documentation / f"{setting.name}_{name}_{regime.lower()}.png")
+        figures = {curvature_folder(work, MAIN) / "flatness.png": "flatness"} | {
+            work / f"{folder_name(regime)}_0" / name / "sweep.png": f"{name}_{regime.lower()}"
+            for regime in MAIN for name in ("map", "map_fitted")}
+        for figure, name in figures.items():
+            if figure.exists():
+                shutil.copy(figure, documentation / f"{setting.name}_{name}.png")
         if len(setting.tasks) > 2:
-            save_four_tasks_figure(work, [*setting.tasks], documentation / f"{setting.name}_merged.png")
+            save_all_tasks_figure(work, [*setting.tasks], documentation / f"{setting.name}_merged.png")
 
 
 def main() -> None:

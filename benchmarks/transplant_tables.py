@@ -54,8 +54,10 @@ def means(table: pd.DataFrame) -> pd.Series:
 
 
 def mean_scores(work: Path) -> pd.Series:
-    """`means` of what was scored; of a base of all structures, one number."""
+    """`means` of what was scored; of a base of all structures, one number. Leaves where nothing is scored yet."""
     table = scores(work)
+    if table.empty:
+        raise SystemExit(f"{work} has no scores yet")
     return means(table.assign(tasks=table["tasks"].where(table["kind"] != "base", "")))
 
 
@@ -171,20 +173,22 @@ def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
                                 for known in before} for name in lost})
 
 
-def save_four_tasks_figure(work: Path, tasks: Sequence[str], path: Path) -> None:
+def save_all_tasks_figure(work: Path, tasks: Sequence[str], path: Path) -> None:
     """U-Net Transplant, Fig. 4: all tasks in one model, by both methods from both bases; a dot is a fine-tuning."""
     table = scores(work)
     table = table[table["tasks"] == "-".join(tasks)]
     dice, models = {}, []
-    for regime in MAIN:
-        for method, title in (("average", "average"), ("ties", "TIES")):
-            rows = table[(table["regime"] == regime) & (table["kind"] == f"{method} default")]
-            models.append(f"{regime}, {title}")
+    for kind in ("average default", "ties default", "average fitted", "ties fitted"):
+        for regime in MAIN:
+            rows = table[(table["regime"] == regime) & (table["kind"] == kind)]
+            if rows.empty:
+                continue
+            models.append(f"{regime} base, {TITLES[kind]}")
             by_seed = rows.groupby(["seed", "structure"])["dice"].mean().unstack()
-            for structure in tasks:
-                dice[structure, models[-1]] = by_seed[structure].tolist()
-            dice["Overall", models[-1]] = by_seed.mean(axis=1).tolist()
-    save_dice_figure(dice, [*tasks, "Overall"], models, f"{len(tasks)} tasks merged into one model", path)
+            dice |= {(structure, models[-1]): by_seed[structure].tolist() for structure in tasks}
+            dice["mean", models[-1]] = by_seed.mean(axis=1).tolist()
+    if dice:
+        save_dice_figure(dice, [*tasks, "mean"], models, f"{len(tasks)} tasks merged into one model", path)
 
 
 def save_summary_figure(dice: Mapping[str, pd.Series], tasks: Mapping[str, Sequence[str]], path: Path) -> None:
