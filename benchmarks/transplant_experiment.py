@@ -227,7 +227,7 @@ def show(setting: Setting, dice: pd.Series, documentation: Path | None) -> None:
     work = setting.run.work
     measured = curvature(work)
     known = pairs(work, dice, measured)
-    tables = (table_1(dice, measured), table_3(dice), others(dice), maps(work),
+    tables = (table_1(dice, measured), table_3(dice, setting.merges), others(dice), maps(work),
               known.set_index(["regime", "seed", "tasks"]), rank_correlations(known))
     for name, table in zip(TABLES, tables, strict=True):
         if documentation is None:

@@ -84,16 +84,15 @@ def table_1(dice: pd.Series, measured_bases: Mapping[str, dict]) -> pd.DataFrame
             [regime for regime in REGIMES if regime in rows])
 
 
-def table_3(dice: pd.Series) -> pd.DataFrame:
-    """Tasks that are merged x method and weights, beside experts and the joint model: mean over the fine-tunings, and
-    where there are several, their range (U-Net Transplant, Table 3)."""
+def table_3(dice: pd.Series, merges: Sequence[Sequence[str]]) -> pd.DataFrame:
+    """Tasks that are merged (in the order of `merges`) x method and weights, beside experts and the joint model: mean
+    over the fine-tunings, and where there are several, their range (U-Net Transplant, Table 3)."""
     experts = dice.xs("expert", level="kind")
     rows = {}
     for regime in REGIMES:
         if regime not in dice.index.get_level_values("regime"):
             continue
-        merged = dice[regime].xs("average default", level="kind").index.get_level_values("tasks").unique()
-        for tasks in sorted(merged, key=lambda each: each.count("-")):
+        for tasks in map("-".join, merges):
             each = {kind: dice[regime].xs(kind, level="kind").xs(tasks, level="tasks")
                     for kind in (*TITLES, "joint") if (regime, 0, kind, tasks) in dice.index}
             of_experts = pd.concat([experts[regime].xs(task, level="tasks") for task in tasks.split("-")])
@@ -199,12 +198,13 @@ def save_summary_figure(dice: Mapping[str, pd.Series], tasks: Mapping[str, Seque
     for kind, title in (("average default", "average"), ("average fitted", "average, head fitted"),
                         ("joint", "trained on all tasks together"), ("expert", "experts, a model for each task")):
         for regime in reversed(MAIN):
-            models.append(f"{regime} base: {title}")
             for setting, known in dice.items():
                 if (regime, kind) in known.droplevel(["seed", "tasks"]).index:
                     rows = known.xs((regime, kind), level=("regime", "kind"))
                     wanted = [*tasks[setting]] if kind == "expert" else ["-".join(tasks[setting])]
+                    models.append(f"{regime} base: {title}")
                     bars[_group(setting, tasks), models[-1]] = rows.unstack()[wanted].mean(axis=1).dropna().tolist()
+    models = [*dict.fromkeys(models)]
     save_dice_figure(bars, [_group(setting, tasks) for setting in dice], models, "Several tasks in one model", path)
 
 
