@@ -9,7 +9,6 @@ types, run as such; a step whose result is there is skipped, so an interrupted r
 ensemble of five take for a volume, side by side.
 """
 import argparse
-import json
 import shutil
 import statistics
 import time
@@ -20,7 +19,7 @@ import pandas as pd
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, prepare_hippocampus, write_small_plans
+from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_plans
 
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor, torch_device
@@ -44,9 +43,10 @@ METHODS = {
     "activation_align, head fitted": f"{ALIGNED} --fit_head",
     "activation_align, regmean": f"{ALIGNED} -then regmean -off_diagonal 0.5",
     "activation_align, refit": f"{ALIGNED} -then refit -positions 512"}
-PRACTICAL = ("average", "average, head fitted", "activation_align", "activation_align, head fitted",
-             "mudsc_zip, alpha 0.5", "mudsc_zip, head fitted")
-AT_EVERY_WIDTH = (*PRACTICAL[:1], *PRACTICAL[2:], "mudsc_align, alpha 0.5")
+COMMON = ("average", "activation_align", "activation_align, head fitted", "mudsc_zip, alpha 0.5",
+          "mudsc_zip, head fitted")
+PRACTICAL = (*COMMON, "average, head fitted")
+AT_EVERY_WIDTH = (*COMMON, "mudsc_align, alpha 0.5")
 POLISHED = 150  # steps
 
 
@@ -75,7 +75,8 @@ def main() -> None:
 
 
 def prepare(run: Steps, data: Path) -> None:
-    preprocessed = prepare_hippocampus(run, data, splits)
+    prepare_hippocampus(run, data, splits)
+    preprocessed = run.preprocessed / DATASET
     write_small_plans(preprocessed)
     for features in WIDTHS:
         write_small_plans(preprocessed, f"{PLANS}{features}", features)
@@ -155,11 +156,11 @@ def print_seconds(run: Steps, model: Path, device: torch.device, rounds: int = 3
     folds = open_models(model, [str(number) for number in range(ALL)])
     both = {"one model": predictor(folds[:1], device, progress_bar=False),
             "ensemble of five": predictor(folds, device, progress_bar=False)}
-    data = run.preprocessed / DATASET / "nnUNetPlans_3d_fullres"
-    cases = json.loads((run.preprocessed / DATASET / "splits_final.json").read_text())[ALL]["val"][:8]
+    cases = splits(case_names(run.raw / DATASET))[ALL]["val"][:8]
+    data = nnUNetDatasetBlosc2(str(run.preprocessed / DATASET / "nnUNetPlans_3d_fullres"), cases)
+    volumes = [torch.from_numpy(data.load_case(case)[0][:]) for case in cases]
     seconds = {name: [] for name in both}
-    for case in cases * rounds:
-        volume = torch.from_numpy(nnUNetDatasetBlosc2(str(data), [case]).load_case(case)[0][:])
+    for volume in volumes * rounds:
         for name, each in both.items():
             start = time.perf_counter()
             each.predict_logits_from_preprocessed_data(volume)

@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     run = Steps(args.work)
-    write_small_plans(prepare_hippocampus(run, args.data, splits))
+    prepare_hippocampus(run, args.data, splits)
+    write_small_plans(run.preprocessed / "Dataset004_Hippocampus")
 
     train = f"-p {PLANS} -device {args.device}"
     base = run.model("Dataset004_Hippocampus", BASE)

@@ -59,14 +59,16 @@ def case_names(raw: Path) -> list[str]:
     return sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
 
 
-def prepare_hippocampus(run: Steps, data: Path, splits: Callable[[list[str]], list[dict[str, list[str]]]]) -> Path:
-    """Dataset004_Hippocampus planned, preprocessed and split by `splits`, of its cases; its preprocessed folder."""
+def prepare_hippocampus(run: Steps, data: Path, split: Callable[[list[str]], list[dict[str, list[str]]]]
+                        ) -> list[dict[str, list[str]]]:
+    """Dataset004_Hippocampus planned, preprocessed and split as `split` says of its cases; the splits."""
     raw, preprocessed = (folder / "Dataset004_Hippocampus" for folder in (run.raw, run.preprocessed))
     if not raw.exists():
         shutil.copytree(data, raw)
     run(preprocessed / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -np 2")
-    write_splits(preprocessed, splits(case_names(raw)))
-    return preprocessed
+    splits = split(case_names(raw))
+    write_splits(preprocessed, splits)
+    return splits
 
 
 def write_small_plans(preprocessed: Path, name: str = PLANS, features: int = 16) -> None:

@@ -44,6 +44,7 @@ from transplant_tables import (
     rank_correlations,
     save_all_tasks_figure,
     save_summary_figure,
+    scores,
     table_1,
     table_3,
     write_section,
@@ -222,19 +223,19 @@ def merge_name(method: str, weights: str, tasks: Sequence[str]) -> str:
     return f"{method}_{weights}_{'-'.join(tasks)}"
 
 
-def show(setting: Setting, dice: pd.Series, documentation: Path | None) -> None:
-    """Print the tables, or write them and the figures into the documentation."""
+def show(setting: Setting, table: pd.DataFrame, dice: pd.Series, documentation: Path | None) -> None:
+    """Print the tables, or write them and the figures into the documentation. table: `scores`; dice: their means."""
     work = setting.run.work
     measured = curvature(work)
     known = pairs(work, dice, measured)
     tables = (table_1(dice, measured), table_3(dice, setting.merges), others(dice), maps(work),
               known.set_index(["regime", "seed", "tasks"]), rank_correlations(known))
-    for name, table in zip(TABLES, tables, strict=True):
+    for name, content in zip(TABLES, tables, strict=True):
         if documentation is None:
-            print(f"{setting.name}: {name}\n{table.to_string()}\n")
+            print(f"{setting.name}: {name}\n{content.to_string()}\n")
         else:
             write_section(documentation / "results.md", f"{setting.name}: {name}",
-                          markdown(table) if len(table) else "Not measured.")
+                          markdown(content) if len(content) else "Not measured.")
     if documentation is not None:
         figures = {curvature_folder(work, MAIN) / "flatness.png": "flatness"} | {
             work / f"{folder_name(regime)}_0" / name / "sweep.png": f"{name}_{regime.lower()}"
@@ -243,7 +244,7 @@ def show(setting: Setting, dice: pd.Series, documentation: Path | None) -> None:
             if figure.exists():
                 shutil.copy(figure, documentation / f"{setting.name}_{name}.png")
         if len(setting.tasks) > 2:
-            save_all_tasks_figure(work, [*setting.tasks], documentation / f"{setting.name}_merged.png")
+            save_all_tasks_figure(table, [*setting.tasks], documentation / f"{setting.name}_merged.png")
 
 
 def main() -> None:
@@ -263,8 +264,9 @@ def main() -> None:
             setting = prepare(Steps(args.work / name), data.resolve(), scale.features, scale.tasks)
             if not args.tables:
                 Experiment(setting, scale, args.device)()
-            dice[name], tasks[name] = mean_scores(setting.run.work), [*setting.tasks]
-            show(setting, dice[name], args.documentation)
+            table = scores(setting.run.work)
+            dice[name], tasks[name] = mean_scores(table), [*setting.tasks]
+            show(setting, table, dice[name], args.documentation)
     if args.documentation is not None and dice:
         save_summary_figure(dice, tasks, args.documentation / "transplant.png")
 

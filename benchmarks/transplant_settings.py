@@ -108,8 +108,7 @@ def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
 def hippocampus(run: Steps, data: Path, features: int | None, tasks: int) -> Setting:
     """Dataset004_Hippocampus, see `hippocampus_splits`. The base is trained on both structures."""
     name, structures = "Dataset004_Hippocampus", ("Anterior", "Posterior")
-    prepare_hippocampus(run, data, hippocampus_splits)
-    splits = hippocampus_splits(case_names(run.raw / name))
+    splits = prepare_hippocampus(run, data, hippocampus_splits)
     return _split_tasks(run, "hippocampus", name, name, structures[:tasks], splits, features, first_id=901)
 
 

@@ -23,7 +23,8 @@ def families(work: Path) -> Iterator[tuple[str, int, Path]]:
 
 
 def scores(work: Path) -> pd.DataFrame:
-    """Dice of each case: regime, seed, kind of model, tasks that it is of, structure, case, dice."""
+    """Dice of each case: regime, seed, kind of model, tasks that it is of, structure, case, dice. Leaves where nothing
+    is scored yet."""
     found = []
     for regime, seed, folder in families(work):
         for file in sorted(folder.glob("scores/*/evaluation.csv")):
@@ -32,7 +33,9 @@ def scores(work: Path) -> pd.DataFrame:
                      for label, structure in zip(table["model"], table["structure"], strict=True)]
             found.append(table.assign(regime=regime, seed=seed, kind=[kind for kind, _ in named],
                                       tasks=[tasks for _, tasks in named]))
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+    if not found:
+        raise SystemExit(f"{work} has no scores yet")
+    return pd.concat(found, ignore_index=True)
 
 
 def _kind(folder: str, label: str, structure: str) -> tuple[str, str]:
@@ -53,11 +56,8 @@ def means(table: pd.DataFrame) -> pd.Series:
     return table.groupby([*keys, "structure"])["dice"].mean().groupby(keys).mean()
 
 
-def mean_scores(work: Path) -> pd.Series:
-    """`means` of what was scored; of a base of all structures, one number. Leaves where nothing is scored yet."""
-    table = scores(work)
-    if table.empty:
-        raise SystemExit(f"{work} has no scores yet")
+def mean_scores(table: pd.DataFrame) -> pd.Series:
+    """`means` of the `scores`; of a base of all structures, one number."""
     return means(table.assign(tasks=table["tasks"].where(table["kind"] != "base", "")))
 
 
@@ -172,9 +172,8 @@ def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
                                 for known in before} for name in lost})
 
 
-def save_all_tasks_figure(work: Path, tasks: Sequence[str], path: Path) -> None:
+def save_all_tasks_figure(table: pd.DataFrame, tasks: Sequence[str], path: Path) -> None:
     """U-Net Transplant, Fig. 4: all tasks in one model, by both methods from both bases; a dot is a fine-tuning."""
-    table = scores(work)
     table = table[table["tasks"] == "-".join(tasks)]
     dice, models = {}, []
     for kind in ("average default", "ties default", "average fitted", "ties fitted"):
@@ -194,7 +193,7 @@ def save_summary_figure(dice: Mapping[str, pd.Series], tasks: Mapping[str, Seque
     """What base, head and merging are worth: all tasks of each setting in one model; a dot is a fine-tuning.
 
     dice: `mean_scores` of each setting; tasks: the setting's."""
-    bars, models = {}, []
+    bars = {}
     for kind, title in (("average default", "average"), ("average fitted", "average, head fitted"),
                         ("joint", "trained on all tasks together"), ("expert", "experts, a model for each task")):
         for regime in reversed(MAIN):
@@ -202,9 +201,9 @@ def save_summary_figure(dice: Mapping[str, pd.Series], tasks: Mapping[str, Seque
                 if (regime, kind) in known.droplevel(["seed", "tasks"]).index:
                     rows = known.xs((regime, kind), level=("regime", "kind"))
                     wanted = [*tasks[setting]] if kind == "expert" else ["-".join(tasks[setting])]
-                    models.append(f"{regime} base: {title}")
-                    bars[_group(setting, tasks), models[-1]] = rows.unstack()[wanted].mean(axis=1).dropna().tolist()
-    models = [*dict.fromkeys(models)]
+                    bars[_group(setting, tasks), f"{regime} base: {title}"] = (
+                        rows.unstack()[wanted].mean(axis=1).dropna().tolist())
+    models = [*dict.fromkeys(model for _, model in bars)]
     save_dice_figure(bars, [_group(setting, tasks) for setting in dice], models, "Several tasks in one model", path)
 
 
