@@ -9,6 +9,7 @@ types, run as such; a step whose result is there is skipped, so an interrupted r
 ensemble of five take for a volume, side by side.
 """
 import argparse
+import os
 import shutil
 import statistics
 import time
@@ -113,7 +114,7 @@ def train(run: Steps, device: str) -> None:
 
 def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[str, str], device: str) -> None:
     """Merge folds by every method, and score all on the test cases beside them, their ensemble and, where there is one,
-    a model of all cases."""
+    the model of all cases with their trainer: of as many steps as they have, or their base."""
     work = run.work / name.replace(" ", "_")
     ensemble = work / "ensemble"
     if not ensemble.exists():
@@ -131,7 +132,7 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[s
     models = {f"fold {fold.name[5:]}": fold / "checkpoint_final.pth" for fold in folds} | {"ensemble": ensemble}
     every = folds[0].parent / f"fold_{ALL}" / "checkpoint_final.pth"
     if every.exists():
-        models["all cases"] = every
+        models["base" if "one base" in name else "all cases"] = every
     for method, options in (methods | more).items():
         models[method] = work / method.replace(", ", "_").replace(" ", "_")
         run(models[method], f"nnunet_transplant_merge -m {checkpoints} -o {models[method]} {options}")
@@ -153,6 +154,7 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[s
 def print_seconds(run: Steps, model: Path, device: torch.device, rounds: int = 3) -> None:
     """nnU-Net's prediction of preprocessed volumes by one model and by an ensemble of five, in turn. A merged model is
     one model, whatever it is merged from."""
+    os.environ["nnUNet_extTrainer"] = run.environment["nnUNet_extTrainer"]
     folds = open_models(model, [str(number) for number in range(ALL)])
     both = {"one model": predictor(folds[:1], device, progress_bar=False),
             "ensemble of five": predictor(folds, device, progress_bar=False)}
