@@ -25,6 +25,7 @@ REGIMES = {"Stable": Regime("nnUNetTrainerStable", 4), "Plastic": Regime("nnUNet
            "Plastic, batch 4": Regime("nnUNetTrainerPlasticBatch4", 4),
            "Plastic, dropout 0.5": Regime("nnUNetTrainerPlasticDropout", 8),
            "Plastic, rate 1e-3": Regime("nnUNetTrainerPlasticRate", 8),
+           "stock nnU-Net": Regime("nnUNetTrainerStockBatch4", 4),
            "Plastic, 3 times as long": Regime("nnUNetTrainerPlastic", 8, 3)}
 
 

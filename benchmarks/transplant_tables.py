@@ -153,6 +153,7 @@ def pairs(work: Path, dice: pd.Series, measured: Mapping[str, dict]) -> pd.DataF
             row = {"regime": regime, "seed": seed, "tasks": ", ".join(tasks), "cosine": pair["cosine"],
                    "sign conflict": pair["sign_conflict"], "overlap": pair["overlap"], "norm": lengths.mean()}
             if regime in measured:
+                row["loss of the base"] = measured[regime]["loss"]
                 row["lambda_1"] = measured[regime]["hessian_eigenvalues"][0]
                 row["bound"] = 0.5 * row["lambda_1"] * (lengths ** 2).mean()
             experts = np.mean([dice[regime, seed, "expert", task] for task in tasks])
@@ -166,10 +167,11 @@ def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
     """Spearman's rho between what is known before and what merging loses, of five pairs or more."""
     if len(table) < 5:
         return pd.DataFrame()
-    before = [name for name in ("cosine", "sign conflict", "overlap", "norm", "lambda_1", "bound") if name in table]
+    known = ("cosine", "sign conflict", "overlap", "norm", "loss of the base", "lambda_1", "bound")
+    before = [name for name in known if name in table]
     lost = [name for name in table if name.startswith("lost by")]
-    return pd.DataFrame({name: {known: spearmanr(table[known], table[name], nan_policy="omit").statistic
-                                for known in before} for name in lost})
+    return pd.DataFrame({name: {each: spearmanr(table[each], table[name], nan_policy="omit").statistic
+                                for each in before} for name in lost})
 
 
 def save_all_tasks_figure(table: pd.DataFrame, tasks: Sequence[str], path: Path) -> None:

@@ -1,6 +1,10 @@
-"""nnUNetTrainerPlastic with one of the three things changed that make it nnUNetTrainerStable, each with variants of any
-length; and task vectors of zero: new heads on a base that stays as it is."""
+"""nnUNetTrainerPlastic with one of the three things changed that make it nnUNetTrainerStable; batches of four by
+nnU-Net's own optimiser; and task vectors of zero, which are new heads on a base that stays as it is. Each with variants
+of any length."""
 from collections.abc import Callable
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_transplant.training import TaskVectorTrainer, TransplantTrainer, variants_of
 
@@ -21,6 +25,16 @@ class nnUNetTrainerPlasticRate(TransplantTrainer):
     learning_rate = 1e-3
 
 
+class nnUNetTrainerStockBatch4(TransplantTrainer):
+    effective_batch_size = 4
+    learning_rate = 1e-2
+    gradient_clip = 12.0
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        self.weight_decay = 3e-5
+        return nnUNetTrainer.configure_optimizers(self)
+
+
 class nnUNetTrainerHeadsOnly(TaskVectorTrainer):
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -30,7 +44,7 @@ class nnUNetTrainerHeadsOnly(TaskVectorTrainer):
 
 def __getattr__(name: str) -> Callable:
     for trainer in (nnUNetTrainerPlasticBatch4, nnUNetTrainerPlasticDropout, nnUNetTrainerPlasticRate,
-                    nnUNetTrainerHeadsOnly):
+                    nnUNetTrainerStockBatch4, nnUNetTrainerHeadsOnly):
         if name.startswith(trainer.__name__):
             return variants_of(trainer)(name)
     raise AttributeError(name)

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import fork_command
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 pytestmark = pytest.mark.slow
@@ -17,6 +20,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RENDERER = '''
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, SimpleITK as sitk
 
 # called as make_brain_dataset.py is
@@ -113,3 +117,14 @@ def test_one_thing_changes_at_a_time(monkeypatch: pytest.MonkeyPatch, name: str,
     trainer = recursive_find_trainer_class_by_name(f"nnUNetTrainer{name}_3epochs_5iterations_NoMirroring")
     assert (trainer.effective_batch_size, trainer.dropout, trainer.learning_rate) == (batch, dropout, rate)
     assert (trainer.epochs, trainer.iterations_per_epoch, trainer.mirroring) == (3, 5, False)
+
+
+def test_stock_is_nnunets_own_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", str(BENCHMARKS / "trainers"))
+    trainer = recursive_find_trainer_class_by_name("nnUNetTrainerStockBatch4_3epochs_5iterations_NoMirroring")
+    assert (trainer.effective_batch_size, trainer.dropout, trainer.learning_rate) == (4, 0, 1e-2)
+    network = torch.nn.Linear(1, 1)
+    optimizer, scheduler = trainer.configure_optimizers(SimpleNamespace(network=network, initial_lr=1e-2, num_epochs=3))
+    assert isinstance(optimizer, torch.optim.SGD) and isinstance(scheduler, PolyLRScheduler)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (1e-2, 0.99, True, 3e-5)
