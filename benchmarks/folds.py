@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_plans
+from steps import PLANS, Steps, prepare_hippocampus, write_small_plans
 
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor, torch_device
@@ -58,31 +58,34 @@ def main() -> None:
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     run = Steps(args.work)
-    prepare(run, args.data)
+    tests = prepare(run, args.data)
     train(run, args.device)
-    base = run.model(DATASET, HALF) / f"fold_{ALL}" / "checkpoint_final.pth"
+    every, base = (run.model(DATASET, trainer) / f"fold_{ALL}" / "checkpoint_final.pth" for trainer in (WHOLE, HALF))
     ties = {"ties": f"-method ties -base {base}", "ties, head fitted": f"-method ties -base {base} {LOOK} --fit_head"}
     practical = {name: METHODS[name] for name in PRACTICAL}
-    for name, trainer, plans, folds, methods in (
-            ("folds", WHOLE, PLANS, (0, 1, 2), METHODS),
-            ("five folds from scratch", WHOLE, PLANS, range(ALL), practical),
-            ("five folds from one base", HALF, PLANS, range(ALL), practical | ties),
-            ("four folds from one base", HALF, PLANS, range(1, ALL), practical | ties),  # fold 0 failed in training
-            *((f"width {width}", HALF, f"{PLANS}{width}", folds, {name: METHODS[name] for name in AT_EVERY_WIDTH})
+    for name, trainer, plans, folds, methods, beside in (
+            ("folds", WHOLE, PLANS, (0, 1, 2), METHODS, {"all cases": every}),
+            ("five folds from scratch", WHOLE, PLANS, range(ALL), practical, {"all cases": every}),
+            ("five folds from one base", HALF, PLANS, range(ALL), practical | ties, {"base": base}),
+            # fold 0 failed in training
+            ("four folds from one base", HALF, PLANS, range(1, ALL), practical | ties, {"base": base}),
+            *((f"width {width}", HALF, f"{PLANS}{width}", folds, {name: METHODS[name] for name in AT_EVERY_WIDTH}, {})
               for width, folds in WIDTHS.items())):
         model = run.model(DATASET, trainer, plans)
-        merge_and_score(run, name, [model / f"fold_{number}" for number in folds], methods, args.device)
-    print_seconds(run, run.model(DATASET, WHOLE), torch_device(args.device))
+        merge_and_score(run, name, [model / f"fold_{number}" for number in folds], methods, beside, args.device)
+    print_seconds(run, run.model(DATASET, WHOLE), tests[:8], torch_device(args.device))
 
 
-def prepare(run: Steps, data: Path) -> None:
-    prepare_hippocampus(run, data, splits)
+def prepare(run: Steps, data: Path) -> list[str]:
+    """The test cases."""
+    tests = prepare_hippocampus(run, data, splits)[ALL]["val"]
     preprocessed = run.preprocessed / DATASET
     write_small_plans(preprocessed)
     for features in WIDTHS:
         write_small_plans(preprocessed, f"{PLANS}{features}", features)
     run(run.raw / "Dataset922_Posterior", "nnunet_transplant_split_tasks -d 4 -tasks Anterior=Anterior "
                                           f"Posterior=Posterior -ids 921 922 -p {PLANS}")
+    return tests
 
 
 def splits(cases: list[str]) -> list[dict[str, list[str]]]:
@@ -112,9 +115,9 @@ def train(run: Steps, device: str) -> None:
             fold(DATASET, number, HALF, f"{PLANS}{width}")
 
 
-def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[str, str], device: str) -> None:
-    """Merge folds by every method, and score all on the test cases beside them, their ensemble and, where there is one,
-    the model of all cases with their trainer: of as many steps as they have, or their base."""
+def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[str, str], beside: Mapping[str, Path],
+                    device: str) -> None:
+    """Merge folds by every method, and score all on the test cases beside them, their ensemble and other models."""
     work = run.work / name.replace(" ", "_")
     ensemble = work / "ensemble"
     if not ensemble.exists():
@@ -129,10 +132,8 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[s
     if name == "folds":
         more |= {"first fold, polished": f"{only_first} -polish {POLISHED}",
                  "activation_align, polished": f"{ALIGNED} -polish {POLISHED}"}
-    models = {f"fold {fold.name[5:]}": fold / "checkpoint_final.pth" for fold in folds} | {"ensemble": ensemble}
-    every = folds[0].parent / f"fold_{ALL}" / "checkpoint_final.pth"
-    if every.exists():
-        models["base" if "one base" in name else "all cases"] = every
+    models = {f"fold {fold.name[5:]}": fold / "checkpoint_final.pth" for fold in folds}
+    models |= {"ensemble": ensemble, **beside}
     for method, options in (methods | more).items():
         models[method] = work / method.replace(", ", "_").replace(" ", "_")
         run(models[method], f"nnunet_transplant_merge -m {checkpoints} -o {models[method]} {options}")
@@ -151,14 +152,13 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[s
     print(f"{name}\n{table.round(3).to_string()}", flush=True)
 
 
-def print_seconds(run: Steps, model: Path, device: torch.device, rounds: int = 3) -> None:
+def print_seconds(run: Steps, model: Path, cases: list[str], device: torch.device, rounds: int = 3) -> None:
     """nnU-Net's prediction of preprocessed volumes by one model and by an ensemble of five, in turn. A merged model is
     one model, whatever it is merged from."""
     os.environ["nnUNet_extTrainer"] = run.environment["nnUNet_extTrainer"]
     folds = open_models(model, [str(number) for number in range(ALL)])
     both = {"one model": predictor(folds[:1], device, progress_bar=False),
             "ensemble of five": predictor(folds, device, progress_bar=False)}
-    cases = splits(case_names(run.raw / DATASET))[ALL]["val"][:8]
     data = nnUNetDatasetBlosc2(str(run.preprocessed / DATASET / "nnUNetPlans_3d_fullres"), cases)
     volumes = [torch.from_numpy(data.load_case(case)[0][:]) for case in cases]
     seconds = {name: [] for name in both}

@@ -20,7 +20,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RENDERER = '''
 import json, sys
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np, SimpleITK as sitk
 
 # called as make_brain_dataset.py is
