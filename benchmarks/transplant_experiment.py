@@ -14,7 +14,7 @@ from what is there so far.
 """
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from transplant_tables import (
     pairs,
     rank_correlations,
     save_all_tasks_figure,
+    save_bases_figure,
     save_summary_figure,
     scores,
     table_1,
@@ -223,11 +224,11 @@ def merge_name(method: str, weights: str, tasks: Sequence[str]) -> str:
     return f"{method}_{weights}_{'-'.join(tasks)}"
 
 
-def show(setting: Setting, table: pd.DataFrame, dice: pd.Series, documentation: Path | None) -> None:
-    """Print the tables, or write them and the figures into the documentation. table: `scores`; dice: their means."""
+def show(setting: Setting, table: pd.DataFrame, dice: pd.Series, known: pd.DataFrame, measured: Mapping[str, dict],
+         documentation: Path | None) -> None:
+    """Print the tables, or write them and the figures into the documentation. table: `scores`; dice: their means;
+    known: `pairs`; measured: `curvature`."""
     work = setting.run.work
-    measured = curvature(work)
-    known = pairs(work, dice, measured)
     tables = (table_1(dice, measured), table_3(dice, setting.merges), others(dice), maps(work),
               known.set_index(["regime", "seed", "tasks"]), rank_correlations(known))
     for name, content in zip(TABLES, tables, strict=True):
@@ -257,7 +258,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="train and measure nothing")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
-    dice, tasks = {}, {}
+    dice, tasks, known = {}, {}, {}
     for name, data, prepare in (("hippocampus", args.hippocampus, hippocampus), ("brain", args.brain, brain)):
         if data is not None:
             scale = SCALES[args.scale][name]
@@ -266,9 +267,12 @@ def main() -> None:
                 Experiment(setting, scale, args.device)()
             table = scores(setting.run.work)
             dice[name], tasks[name] = mean_scores(table), [*setting.tasks]
-            show(setting, table, dice[name], args.documentation)
+            measured = curvature(setting.run.work)
+            known[name] = pairs(setting.run.work, dice[name], measured)
+            show(setting, table, dice[name], known[name], measured, args.documentation)
     if args.documentation is not None and dice:
         save_summary_figure(dice, tasks, args.documentation / "transplant.png")
+        save_bases_figure(known, args.documentation / "transplant_bases.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 from transplant_settings import MAIN, REGIMES, curvature_folder, folder_name
 
-from nnunet_transplant.plotting import save_dice_figure
+from nnunet_transplant.plotting import MODEL_COLOURS, plt, save_dice_figure
 
 TITLES = {f"{method} {kind}": title + more for method, title in (("average", "average"), ("ties", "TIES"))
           for kind, more in (("default", ""), ("searched", ", searched"), ("fitted", ", head fitted"))}
@@ -207,6 +207,33 @@ def save_summary_figure(dice: Mapping[str, pd.Series], tasks: Mapping[str, Seque
                         rows.unstack()[wanted].mean(axis=1).dropna().tolist())
     models = [*dict.fromkeys(model for _, model in bars)]
     save_dice_figure(bars, [_group(setting, tasks) for setting in dice], models, "Several tasks in one model", path)
+
+
+def save_bases_figure(known: Mapping[str, pd.DataFrame], path: Path) -> None:
+    """What merging loses over the base's loss, and over the width of its minimum: a dot is a pair of tasks that was
+    fine-tuned once. known: the `pairs` of each setting. No figure before curvature is measured."""
+    tables = {setting: table.dropna(subset="lambda_1") for setting, table in known.items() if "lambda_1" in table}
+    if not tables:
+        return
+    lost = "lost by average, head fitted"
+    measures = {"loss of the base": "loss of the base on its own cases",
+                "lambda_1": "lambda_1 of the base (lower is wider)"}
+    figure, row = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
+    for axes, (measure, title) in zip(row, measures.items(), strict=True):
+        for (setting, table), marker in zip(tables.items(), "os", strict=False):
+            for regime, rows in table.groupby("regime", sort=False):
+                axes.scatter(rows[measure], rows[lost], marker=marker, edgecolors="black", linewidths=0.5,
+                             color=MODEL_COLOURS[[*REGIMES].index(regime)], label=f"{setting}: {regime}")
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.4)
+        axes.set_axisbelow(True)
+    row[1].set_xscale("log")
+    row[1].margins(x=0.15)
+    row[1].tick_params(which="minor", labelbottom=False)
+    row[0].set_ylabel("Dice lost by merging a pair\n(average, head fitted)")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9, ncols=3)
+    figure.savefig(path, metadata={"Software": None}, dpi=150)
+    plt.close(figure)
 
 
 def _group(setting: str, tasks: Mapping[str, Sequence[str]]) -> str:

@@ -86,7 +86,7 @@ def test_the_whole_experiment(experiment, tmp_path: Path, monkeypatch: pytest.Mo
             assert len(cells) == 8 and len(dice) >= 7 and all(0 <= each <= 1 for each in dice), cells
             assert re.search(rf"^\| {regime} \| 0 \| {tasks} \|", text, re.M) or tasks not in pairs
     figures = {path.name for path in documentation.glob("*.png")}
-    assert figures == {"transplant.png", "brain_flatness.png", "brain_merged.png", *(
+    assert figures == {"transplant.png", "transplant_bases.png", "brain_flatness.png", "brain_merged.png", *(
         f"brain_{name}_{regime}.png" for name in ("map", "map_fitted") for regime in ("stable", "plastic"))}
 
     settings = ("splits_final.json", "nnUNetPlansSmall.json")
