@@ -204,7 +204,7 @@ class Experiment:
         for family in first:
             self.map(family)
             self.search(family)
-        for regime in [*REGIMES][len(MAIN):self.scale.regimes]:
+        for regime in self.scale.changed:
             self.curvature([self._merged_family(regime, 0)])
         for family in first:
             self.heads_only(family)

@@ -35,7 +35,7 @@ class Scale:
     many epochs. task_steps: of eight patches, in so many epochs. suffix: of all trainers. seeds: fine-tunings from a
     main base; searched_seeds: of these, whose merges' weights are searched, in so many trials on so many cases. grid:
     values of both weights in the full map. curvature: options of flatness; eigenvalues: of a main base. all_joints:
-    joint models of all pairs. regimes: so many of REGIMES. tasks: so many of the brain's.
+    joint models of all pairs. changed: regimes beside the main ones. tasks: so many of the brain's.
     """
     features: int | None
     base_patches: int
@@ -51,7 +51,7 @@ class Scale:
     curvature: str
     eigenvalues: int
     all_joints: bool
-    regimes: int = len(REGIMES)
+    changed: Sequence[str] = tuple(REGIMES)[len(MAIN):]
     tasks: int = 4
 
     def trainer(self, name: str, epochs: int, steps: int) -> str:
@@ -60,7 +60,7 @@ class Scale:
 
 TOY = Scale(features=4, base_patches=8, base_epochs=1, task_steps=2, task_epochs=2, suffix="_NoMirroring", seeds=1,
             searched_seeds=1, trials=1, search_cases=1, grid=3, curvature="-n_patches 1 -n_probes 2", eigenvalues=1,
-            all_joints=False, regimes=2, tasks=3)
+            all_joints=False, changed=(), tasks=3)
 SMALL = Scale(features=16, base_patches=6000, base_epochs=10, task_steps=250, task_epochs=10, suffix="_NoMirroring",
               seeds=3, searched_seeds=3, trials=44, search_cases=6, grid=21, curvature="-n_patches 16 -n_probes 6",
               eigenvalues=10, all_joints=False)
@@ -71,7 +71,7 @@ SCALES = {"toy": {"hippocampus": TOY, "brain": TOY},
           "small": {"hippocampus": SMALL,
                     "brain": replace(SMALL, base_patches=18000, task_steps=800, task_epochs=20,
                                      suffix="_NoMirroring_BFloat16", searched_seeds=1, trials=20, grid=11,
-                                     regimes=len(MAIN))},
+                                     changed=("Plastic, rate 1e-3",))},
           "full": {"hippocampus": FULL, "brain": replace(FULL, trials=60)}}
 
 
