@@ -229,7 +229,7 @@ def show(setting: Setting, table: pd.DataFrame, dice: pd.Series, known: pd.DataF
     """Print the tables, or write them and the figures into the documentation. table: `scores`; dice: their means;
     known: `pairs`; measured: `curvature`."""
     work = setting.run.work
-    tables = (table_1(dice, measured), table_3(dice, setting.merges), others(dice), maps(work),
+    tables = (table_1(dice, measured), table_3(dice, setting.merges), others(dice), maps(work, setting.merges[0]),
               known.set_index(["regime", "seed", "tasks"]), rank_correlations(known))
     for name, content in zip(TABLES, tables, strict=True):
         if documentation is None:

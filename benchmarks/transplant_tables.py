@@ -109,9 +109,10 @@ def others(dice: pd.Series) -> pd.DataFrame:
     return found.loc[[regime for regime in REGIMES if regime in found.index]]
 
 
-def maps(work: Path) -> pd.DataFrame:
-    """Mean Dice over the grids of two weights (U-Net Transplant, Fig. 3): at the default, at the best, the best that a
-    search of so few merges finds on the same cases, and the share of the grid that is less than 0.05 below the best."""
+def maps(work: Path, tasks: Sequence[str]) -> pd.DataFrame:
+    """Mean Dice over the grids of the weights of these two tasks (U-Net Transplant, Fig. 3): at the default, at the
+    best, the best that a search of so few merges finds on the same cases, and the share of the grid that is less than
+    0.05 below the best."""
     rows = {}
     for regime in MAIN:
         family = work / f"{folder_name(regime)}_0"
@@ -121,8 +122,8 @@ def maps(work: Path) -> pd.DataFrame:
             dice = pd.read_csv(family / name / "sweep.csv").drop_duplicates(["w_1", "w_2"])["dice_mean"]
             rows[regime, title] = {"merges": str(len(dice)), "default": dice.iloc[0], "best": dice.max(),
                                    "within 0.05 of the best": f"{100 * (dice > dice.max() - 0.05).mean():.0f} %"}
-            search = next(family.glob("searches/average_searched_*/sweep.csv"), None)
-            if name == "map" and search is not None:
+            search = family / "searches" / f"average_searched_{'-'.join(tasks)}" / "sweep.csv"
+            if name == "map" and search.exists():
                 found = pd.read_csv(search)["dice_mean"]
                 rows[regime, title]["best of a search"] = f"{found.max():.3f} ({len(found)} merges)"
     columns = ["merges", "default", "best", "best of a search", "within 0.05 of the best"]
