@@ -165,7 +165,9 @@ def pairs(work: Path, dice: pd.Series, measured: Mapping[str, dict]) -> pd.DataF
 
 
 def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rho between what is known before and what merging loses, of five pairs or more."""
+    """Spearman's rho between what is known before and what merging loses, of five pairs or more, each the mean of its
+    fine-tunings."""
+    table = table.groupby(["regime", "tasks"]).mean(numeric_only=True)
     if len(table) < 5:
         return pd.DataFrame()
     known = ("cosine", "sign conflict", "overlap", "norm", "loss of the base", "lambda_1", "bound")
