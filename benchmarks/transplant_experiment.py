@@ -33,6 +33,7 @@ from transplant_settings import (
     curvature_folder,
     folder_name,
     hippocampus,
+    merge_name,
 )
 from transplant_tables import (
     curvature,
@@ -218,10 +219,6 @@ class Experiment:
         self.merge(family)
         self.interference(family)
         return family
-
-
-def merge_name(method: str, weights: str, tasks: Sequence[str]) -> str:
-    return f"{method}_{weights}_{'-'.join(tasks)}"
 
 
 def show(setting: Setting, table: pd.DataFrame, dice: pd.Series, known: pd.DataFrame, measured: Mapping[str, dict],

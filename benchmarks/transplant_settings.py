@@ -97,6 +97,10 @@ def folder_name(regime: str) -> str:
     return regime.replace(", ", "_").replace(" ", "_")
 
 
+def merge_name(method: str, weights: str, tasks: Sequence[str]) -> str:
+    return f"{method}_{weights}_{'-'.join(tasks)}"
+
+
 def curvature_folder(work: Path, regimes: Sequence[str]) -> Path:
     return work / "curvature" / "_".join(map(folder_name, regimes))
 

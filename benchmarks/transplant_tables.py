@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
-from transplant_settings import MAIN, REGIMES, curvature_folder, folder_name
+from transplant_settings import MAIN, REGIMES, curvature_folder, folder_name, merge_name
 
 from nnunet_transplant.plotting import MODEL_COLOURS, plt, save_dice_figure
 
@@ -122,7 +122,7 @@ def maps(work: Path, tasks: Sequence[str]) -> pd.DataFrame:
             dice = pd.read_csv(family / name / "sweep.csv").drop_duplicates(["w_1", "w_2"])["dice_mean"]
             rows[regime, title] = {"merges": str(len(dice)), "default": dice.iloc[0], "best": dice.max(),
                                    "within 0.05 of the best": f"{100 * (dice > dice.max() - 0.05).mean():.0f} %"}
-            search = family / "searches" / f"average_searched_{'-'.join(tasks)}" / "sweep.csv"
+            search = family / "searches" / merge_name("average", "searched", tasks) / "sweep.csv"
             if name == "map" and search.exists():
                 found = pd.read_csv(search)["dice_mean"]
                 rows[regime, title]["best of a search"] = f"{found.max():.3f} ({len(found)} merges)"
