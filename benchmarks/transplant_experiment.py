@@ -4,9 +4,9 @@
         -brain MAKE_BRAIN_DATASET.PY -documentation documentation
 
 Trains bases under the paper's two regimes and with one thing changed at a time, all on as many patches; fine-tunes task
-vectors from them, three times from the two main ones; merges all pairs and all tasks, with default weights and with
-weights searched on cases of their own; and scores everything on cases that no training and no search saw. Beside them
-joint models, experts, and the base with new heads only. Then it measures curvature and interference.
+vectors from them, as often as the scale says from the two main ones; merges all pairs and all tasks, with default
+weights and with weights searched on cases of their own; and scores everything on cases that no training and no search
+saw. Beside them joint models, experts, and the base with new heads only. Then it measures curvature and interference.
 
 Every step is a command a user types, run as such. A step whose result is there is skipped, a training that was cut off
 continues, so an interrupted run goes on. Without -documentation it prints the tables; with --tables it only makes them,
@@ -123,9 +123,7 @@ class Experiment:
             self._score(family, "base", [family.base], self.setting.base, BASE)
 
     def search(self, family: Family) -> None:
-        """The same with searched weights, of the first fine-tunings."""
-        if family.seed >= self.scale.searched_seeds:
-            return
+        """The same with searched weights."""
         merged = []
         for tasks in self.setting.merges:
             for method, (turned, more) in METHODS.items():

@@ -33,9 +33,9 @@ REGIMES = {"Stable": Regime("nnUNetTrainerStable", 4), "Plastic": Regime("nnUNet
 class Scale:
     """features: of the first stage, None for nnU-Net's own plans. base_patches: that each base is trained on, in so
     many epochs. task_steps: of eight patches, in so many epochs. suffix: of all trainers. seeds: fine-tunings from a
-    main base; searched_seeds: of these, whose merges' weights are searched, in so many trials on so many cases. grid:
-    values of both weights in the full map. curvature: options of flatness; eigenvalues: of a main base. all_joints:
-    joint models of all pairs. changed: regimes beside the main ones. tasks: so many of the brain's.
+    main base; their merges' weights are searched in so many trials on so many cases. grid: values of both weights in
+    the full map. curvature: options of flatness; eigenvalues: of a main base. all_joints: joint models of all pairs.
+    changed: regimes beside the main ones. tasks: so many of the brain's.
     """
     features: int | None
     base_patches: int
@@ -44,7 +44,6 @@ class Scale:
     task_epochs: int
     suffix: str
     seeds: int
-    searched_seeds: int
     trials: int
     search_cases: int
     grid: int
@@ -59,18 +58,18 @@ class Scale:
 
 
 TOY = Scale(features=4, base_patches=8, base_epochs=1, task_steps=2, task_epochs=2, suffix="_NoMirroring", seeds=1,
-            searched_seeds=1, trials=1, search_cases=1, grid=3, curvature="-n_patches 1 -n_probes 2", eigenvalues=1,
-            all_joints=False, changed=(), tasks=3)
+            trials=1, search_cases=1, grid=3, curvature="-n_patches 1 -n_probes 2", eigenvalues=1, all_joints=False,
+            changed=(), tasks=3)
 SMALL = Scale(features=16, base_patches=6000, base_epochs=10, task_steps=250, task_epochs=10, suffix="_NoMirroring",
-              seeds=3, searched_seeds=3, trials=44, search_cases=6, grid=21, curvature="-n_patches 16 -n_probes 6",
-              eigenvalues=10, all_joints=False)
+              seeds=3, trials=44, search_cases=6, grid=21, curvature="-n_patches 16 -n_probes 6", eigenvalues=10,
+              all_joints=False)
 FULL = Scale(features=None, base_patches=100000, base_epochs=100, task_steps=2500, task_epochs=10, suffix="", seeds=3,
-             searched_seeds=3, trials=44, search_cases=16, grid=21, curvature="-n_patches 64 -n_probes 10",
-             eigenvalues=10, all_joints=True)
+             trials=44, search_cases=16, grid=21, curvature="-n_patches 64 -n_probes 10", eigenvalues=10,
+             all_joints=True)
 SCALES = {"toy": {"hippocampus": TOY, "brain": TOY},
-          "small": {"hippocampus": SMALL,
+          "small": {"hippocampus": SMALL,  # a second fine-tuning of the brain's tasks from both bases takes an hour
                     "brain": replace(SMALL, base_patches=18000, task_steps=800, task_epochs=20,
-                                     suffix="_NoMirroring_BFloat16", searched_seeds=1, trials=20, grid=11,
+                                     suffix="_NoMirroring_BFloat16", seeds=1, trials=20, grid=11,
                                      changed=("Plastic, rate 1e-3",))},
           "full": {"hippocampus": FULL, "brain": replace(FULL, trials=60)}}
 

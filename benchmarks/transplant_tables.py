@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 from transplant_settings import MAIN, REGIMES, curvature_folder, folder_name, merge_name
 
-from nnunet_transplant.plotting import MODEL_COLOURS, plt, save_dice_figure
+from nnunet_transplant.plotting import MODEL_COLOURS, plt, save_dice_figure, save_figure
 
 TITLES = {f"{method} {kind}": title + more for method, title in (("average", "average"), ("ties", "TIES"))
           for kind, more in (("default", ""), ("searched", ", searched"), ("fitted", ", head fitted"))}
@@ -235,8 +235,7 @@ def save_bases_figure(known: Mapping[str, pd.DataFrame], path: Path) -> None:
     row[1].tick_params(which="minor", labelbottom=False)
     row[0].set_ylabel("Dice lost by merging a pair\n(average, head fitted)")
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=9, ncols=3)
-    figure.savefig(path, metadata={"Software": None}, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _group(setting: str, tasks: Mapping[str, Sequence[str]]) -> str:

@@ -173,7 +173,7 @@ def save_flatness_figure(models: Mapping[str, Mapping[str, Any]], patches: int, 
         axes.set_axisbelow(True)
     figure.suptitle(f"Width of the minimum on {patches} patches (lower is wider)")
     _legend(figure, row[0][0].containers, list(models), 1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 _LINE_COLOURS = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # those that show on white
@@ -220,7 +220,7 @@ def save_interference_figure(tasks: Sequence[str], stages: Sequence[str], entrie
     handles = [plt.Line2D([], [], **(_line_style(t) if as_lines else {"linestyle": ""})) for t in range(len(tasks))]
     _legend(figure, handles, [f"task {t}: {name}" for t, name in enumerate(names, 1)],
             2 if max(map(len, names)) < 60 else 1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _line_style(index: int) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def save_dice_figure(dice: Mapping[tuple[str, str], Sequence[float]], structures
     handles = [plt.Rectangle((0, 0), 1, 1, **_model_style(index)) for index in range(len(models))]
     names = [_shortened(model, 90) for model in models]
     _legend(figure, handles, names, max(1, int(13 * width) // (8 + max(map(len, names)))))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _slots(row: Sequence[tuple[str, list[str]]]) -> int:
@@ -379,7 +379,7 @@ def save_overlays_figure(cases: Sequence[Overlay], structures: Sequence[str], ti
     handles.append(plt.Line2D([], [], color="white", linewidth=1, path_effects=[_HALO]))
     names = [*(_shortened(structure, 40) for structure in structures), "outline of the truth"]
     _legend(figure, handles, names, max(1, int(24 * columns) // (6 + max(map(len, names)))))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _structure_style(index: int) -> dict[str, Any]:
@@ -448,7 +448,8 @@ def _legend(figure: plt.Figure, handles: Sequence[Any], names: Sequence[str], co
         text.set(text=name, parse_math=False)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write and close a figure; without the date and version that would make two runs differ."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
         figure.savefig(path, metadata={"Software": None}, dpi=150)
@@ -503,7 +504,7 @@ def save_maps_figure(points: np.ndarray, dice: Mapping[str, np.ndarray], ranges:
     figure.suptitle(title, fontsize=10, parse_math=False)
     _mark_legend(figure, {which: f"{_MARKED[which]}: {points[row][0]:.3g}, {points[row][1]:.3g}"
                           for which, row in marks.items()})
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_cells(axes: plt.Axes, points: np.ndarray, values: np.ndarray, cells: Sequence[Sequence[float]],
@@ -541,7 +542,7 @@ def save_slices_figure(numbers: Mapping[str, np.ndarray], dice: np.ndarray, mark
         axes.set_ylabel("mean Dice")
     figure.suptitle(title, fontsize=10, parse_math=False)
     _mark_legend(figure, {which: f"{_MARKED[which]}: {dice[row]:.3f}" for which, row in marks.items()})
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_front_figure(dice: Mapping[str, np.ndarray], front: Sequence[int], marks: Mapping[str, int], title: str,
@@ -578,7 +579,7 @@ def save_front_figure(dice: Mapping[str, np.ndarray], front: Sequence[int], mark
     axes.grid(alpha=0.3)
     figure.legend(fontsize=9, loc="outside lower center", ncols=4 if len(dice) > 4 else 2, frameon=False)
     axes.set_title(title, fontsize=10, parse_math=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _mark_legend(figure: plt.Figure, names: Mapping[str, str]) -> None:
@@ -618,7 +619,7 @@ def save_plane_figure(losses: Mapping[tuple[float, float], Mapping[str, float]],
                           markeredgecolor="black", markersize=9) for index in range(len(models))]
     _legend(figure, handles, [f"{index}  {name}" for index, name in enumerate(models, 1)], 1)
     figure.suptitle("Loss over the plane closest to the models")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_lines_figure(losses: Mapping[tuple[str, float, float], Mapping[str, float]], labels: Sequence[str],
@@ -649,4 +650,4 @@ def save_lines_figure(losses: Mapping[tuple[str, float, float], Mapping[str, flo
             text.set_parse_math(False)
     _legend(figure, [plt.Line2D([], [], linestyle="") for _ in names], names, 1)
     figure.suptitle("Loss along the lines between models")
-    _save(figure, path)
+    save_figure(figure, path)

@@ -376,7 +376,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plt.Figure]]:
         figure.savefig(path)
         saved.append(figure)
 
-    monkeypatch.setattr(plotting, "_save", save)
+    monkeypatch.setattr(plotting, "save_figure", save)
     yield saved
     for figure in saved:
         plt.close(figure)
