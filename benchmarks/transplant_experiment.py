@@ -203,10 +203,12 @@ class Experiment:
         for family in first:
             self.map(family)
             self.search(family)
-        for regime in self.scale.changed:
-            self.curvature([self._merged_family(regime, 0)])
-        for family in first:
+        changed = [self._merged_family(regime, 0) for regime in self.scale.changed]
+        for family in changed:
+            self.curvature([family])
+        for family in (*first, *changed):
             self.heads_only(family)
+        for family in first:
             self.joint(family)
         for seed in range(1, self.scale.seeds):
             for regime in MAIN:
