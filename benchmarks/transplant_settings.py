@@ -67,7 +67,8 @@ FULL = Scale(features=None, base_patches=100000, base_epochs=100, task_steps=250
              trials=44, search_cases=16, grid=21, curvature="-n_patches 64 -n_probes 10", eigenvalues=10,
              all_joints=True)
 SCALES = {"toy": {"hippocampus": TOY, "brain": TOY},
-          "small": {"hippocampus": SMALL,  # a second fine-tuning of the brain's tasks from both bases takes an hour
+          "small": {"hippocampus": SMALL,
+                    # one seed: fine-tuning the four tasks from both bases once more takes an hour
                     "brain": replace(SMALL, base_patches=18000, task_steps=800, task_epochs=20,
                                      suffix="_NoMirroring_BFloat16", seeds=1, trials=20, grid=11,
                                      changed=("Plastic, rate 1e-3",))},

@@ -30,10 +30,7 @@ def save_inputs_figure(provenance: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(inputs)), names, parse_math=False)  # a name may hold dollars
     axes.invert_yaxis()
     axes.set(title=f"Merged by {provenance['method']}", xlabel="weight")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
-        figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def save_segmentations_figure(image: Path, panels: Sequence[tuple[str, Path, dict[str, int]]],
@@ -69,8 +66,7 @@ def save_segmentations_figure(image: Path, panels: Sequence[tuple[str, Path, dic
     handles = [plt.Rectangle((0, 0), 1, 1, color=STRUCTURE_COLOURS[i % len(STRUCTURE_COLOURS)])
                for i in range(len(structures))]
     figure.legend(handles, structures, loc="outside lower center", ncols=len(structures), frameon=False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_mask(axes: plt.Axes, mask: np.ndarray, colour: str, order: int, hatch: str | None = None) -> None:
@@ -134,8 +130,7 @@ def save_units_figure(groups: Mapping[str, Sequence[tuple[str, bool]]], columns:
     axes.set_xlim(-0.6, max(x for x, _ in columns.values()) + 0.6)
     axes.set_ylim(-max(y for _, y in columns.values()) - 0.6, 0.6)
     axes.set_axis_off()
-    figure.savefig(path, metadata={"Software": None}, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)
 
 
 def save_barrier_figure(positions: Sequence[float], losses: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -145,8 +140,7 @@ def save_barrier_figure(positions: Sequence[float], losses: Mapping[str, Sequenc
         axes.plot(positions, values, marker="o", color=colour, label=name)
     axes.set(xlabel="share of the second model's weights", ylabel="loss")
     axes.legend()
-    figure.savefig(path, metadata={"Software": None}, dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)
 
 
 def save_flatness_figure(models: Mapping[str, Mapping[str, Any]], patches: int, path: Path) -> None:
@@ -448,11 +442,11 @@ def _legend(figure: plt.Figure, handles: Sequence[Any], names: Sequence[str], co
         text.set(text=name, parse_math=False)
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path, dpi: int = 150) -> None:
     """Write and close a figure; without the date and version that would make two runs differ."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
-        figure.savefig(path, metadata={"Software": None}, dpi=150)
+        figure.savefig(path, metadata={"Software": None}, dpi=dpi)
     plt.close(figure)
 
 
