@@ -8,9 +8,10 @@ import itertools
 import json
 import math
 import pydoc
+import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -32,6 +33,8 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]  # every name of the state dict, in its order
     canonical: dict[str, str]           # every name -> the last name of the same tensor
     heads: frozenset[str]               # canonical names of the segmentation heads
+    # every other layer as it prints itself: strides, nonlinearities and the like are in no tensor
+    modules: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -168,8 +171,12 @@ def layout(plans: dict, configuration: str, dataset_json: dict, trainer: type[nn
         shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         other = {name: tuple(tensor.shape) for name, tensor in one_more.state_dict().items()}
         heads = frozenset(canonical[name] for name in shapes if shapes[name] != other[name])
-        _LAYOUTS[key] = Layout(shapes, canonical, heads)
+        of_heads = {name.rpartition(".")[0] for name in shapes if canonical[name] in heads}
+        modules = {name: re.sub(r",? ?inplace=\w+", "", str(module)) for name, module in network.named_modules()
+                   if name not in of_heads and not any(module.children()) and not isinstance(module, _DROPOUT)}
+        _LAYOUTS[key] = Layout(shapes, canonical, heads, modules)
     return _LAYOUTS[key]
 
 
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # does nothing when the network predicts
 _LAYOUTS: dict[tuple[str, str, str], Layout] = {}  # of the networks seen: the folds of a model share one

@@ -121,9 +121,10 @@ def _checked(checkpoint: Any, path: Path) -> dict[str, Any]:
         raise refused("it does not say its configuration")
     axes = checkpoint.get("inference_allowed_mirroring_axes")
     axes = () if axes is None else axes
-    if not (isinstance(axes, (tuple, list)) and all(type(axis) is int and 0 <= axis <= 2 for axis in axes)):
+    if not (isinstance(axes, (tuple, list)) and all(
+            isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) and 0 <= axis <= 2 for axis in axes)):
         raise refused("its 'inference_allowed_mirroring_axes' are no axes of an image")
-    checkpoint["inference_allowed_mirroring_axes"] = tuple(axes) or None
+    checkpoint["inference_allowed_mirroring_axes"] = tuple(map(int, axes)) or None
     checkpoint["network_weights"] = weights = _plain(checkpoint["network_weights"])
     for name, tensor in weights.items():
         if not (isinstance(name, str) and name.isprintable() and len(name) < 500 and isinstance(tensor, torch.Tensor)
@@ -142,17 +143,17 @@ def _plain(mapping: dict) -> dict:
     return dict(dict.items(mapping))
 
 
-def parse_json(text: bytes | str, source: str) -> dict[str, Any]:
-    """A JSON object that is neither too long nor nested too deep for whatever reads or writes it later. Raises
-    TransplantError that names the source."""
+def parse_json(text: bytes | str, source: str, kind: type = dict) -> Any:
+    """A JSON object (or with kind `list` a list) that is neither too long nor nested too deep for whatever reads or
+    writes it later. Raises TransplantError that names the source."""
     if len(text) > MOST_TEXT:
         raise TransplantError(f"{source} is too long: {len(text) >> 20} MB of JSON")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TransplantError(f"{source} is not valid JSON") from error
-    if not isinstance(content, dict):
-        raise TransplantError(f"{source} holds no JSON object")
+    if not isinstance(content, kind):
+        raise TransplantError(f"{source} holds no JSON {'object' if kind is dict else 'list'}")
     level: list[Any] = [content]
     for _ in range(DEEPEST):
         level = [value for node in level if isinstance(node, (dict, list))
@@ -179,8 +180,11 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write tensors (no two sharing memory) and string metadata as .safetensors, atomically."""
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says; safetensors lets nobody else read its files
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                   temporary, metadata=dict(metadata))
+        os.chmod(temporary, mode)
 
 
 def read_safetensors(path: Path, tensors: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

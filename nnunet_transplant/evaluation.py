@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from nnunet_transplant.checkpoint import atomic_path, check_output
 from nnunet_transplant.data.cases import Cases, open_cases, open_splits
+from nnunet_transplant.data.images import check_images
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import origin
@@ -164,19 +165,10 @@ def model_labels(models: Iterable[Path]) -> list[str]:
 
 def _check_input(label: str, model: TrainedModel, cases: Cases) -> None:
     """Raise TransplantError unless the model can read the dataset's images and has as many channels."""
-    plans = PlansManager(model.plans)
-    if plans.get_configuration(model.configuration).previous_stage_name is not None:
+    if PlansManager(model.plans).get_configuration(model.configuration).previous_stage_name is not None:
         raise TransplantError(f"{label} is the second stage of a cascade: it cannot be evaluated from images alone")
-    ending = cases.dataset_json["file_ending"]
-    reader = plans.image_reader_writer_class
-    if ending.lower() not in reader.supported_file_endings:
-        raise TransplantError(f"{label} reads images with {reader.__name__}, which cannot read the {ending} files of "
-                              f"{cases.dataset}")
-    channels = len(model.dataset_json.get("channel_names", model.dataset_json.get("modality", {})))
-    for case, files in cases.files.items():
-        if len(files["images"]) != channels:
-            raise TransplantError(f"{label} takes {channels} channel{'s' * (channels != 1)}, but case {case} of "
-                                  f"{cases.dataset} has {len(files['images'])}")
+    check_images({case: files["images"] for case, files in cases.files.items()}, cases.dataset_json["file_ending"],
+                 cases.dataset, label, model.plans, model.dataset_json)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,9 +322,9 @@ class _Input(NamedTuple):
     reference: np.ndarray       # the label map as the model's reader reads it, (1, z, y, x) of the raw image
 
 
-def _how_preprocessed(model: TrainedModel) -> tuple[dict[str, Any], type]:
-    """Models for which this is equal see a case in the same way."""
-    return preprocessing_fields(model), PlansManager(model.plans).image_reader_writer_class
+def _how_preprocessed(model: TrainedModel) -> dict[str, Any]:
+    """Models for which this is equal see a case in the same way, and undo the preprocessing in the same way."""
+    return preprocessing_fields(model, channels=False)
 
 
 @contextlib.contextmanager

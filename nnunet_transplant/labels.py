@@ -65,6 +65,17 @@ def _is_order(order: Any, labels: Labels) -> bool:
     return all(map(_is_value, order)) and (not has_regions(labels) or len(order) == len(foreground_values(labels)))
 
 
+def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """The image channels in their order, by the names of dataset.json (or of "modality", as old ones call it)."""
+    return [str(name) for name in dataset_json.get("channel_names", dataset_json.get("modality", {})).values()]
+
+
+def same_channels(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether channels are called the same: nnU-Net itself tells names apart only by the normalisation that they ask
+    for, and not by upper and lower case; people write MRI, mri and "MRI "."""
+    return [name.strip().casefold() for name in one] == [name.strip().casefold() for name in other]
+
+
 def has_regions(labels: Labels) -> bool:
     """nnU-Net's own test: any label that lists more than one value."""
     return any(isinstance(value, (list, tuple)) and len(value) > 1 for value in labels.values())

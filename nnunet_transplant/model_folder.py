@@ -1,6 +1,6 @@
 """A trained nnU-Net model folder: open it, check that several can merge, write a new one."""
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import Layout, check_plans, find_trainer, layout
-from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.labels import check_dataset_json
+from nnunet_transplant.errors import TransplantError, note
+from nnunet_transplant.labels import channel_names, check_dataset_json, same_channels
 from nnunet_transplant.task_vector import (
     RECORD,
     Header,
@@ -105,7 +105,7 @@ class TaskVectorModel(TrainedModel):
         return dict(self.base)
 
 
-def open_models(model: Path, folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
+def open_models(model: Path | str, folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
                 trust: bool = False, theta_0: Mapping[str, torch.Tensor] | None = None) -> list[TrainedModel]:
     """The folds of a trained model folder, the one that a checkpoint inside such a folder belongs to, or a task vector
     file as the model it makes of theta_0.
@@ -114,28 +114,62 @@ def open_models(model: Path, folds: Sequence[str] | None = None, checkpoint_name
     theta_0: the base of task vector files; unless given it is looked for beside the file.
     Raises TransplantError for what is no trained nnU-Net model, or lacks a fold.
     """
+    model = Path(model)
     if model.suffix == ".safetensors":
         return [_open_task_vector(model, theta_0, trust)]
     if model.is_file():
+        if model.suffix in (".zip", ".model"):
+            raise _no_model(model, checkpoint_name)
         return [_open(model, trust)]
     if not model.is_dir():
         raise TransplantError(f"there is no model folder {model}")
     if folds is None:
         found = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{checkpoint_name}"))
         folds = [fold for fold in found if fold != "all"] or found
-        if not folds:
-            raise TransplantError(f"{model} is not a trained nnU-Net model folder: it has no fold_X/{checkpoint_name}")
-    return [_open(model / f"fold_{fold}" / checkpoint_name, trust) for fold in folds]
+    paths = [model / f"fold_{fold}" / checkpoint_name for fold in folds]
+    if not paths or not all(path.is_file() for path in paths):
+        raise _no_model(model, checkpoint_name, [path for path in paths if not path.is_file()])
+    return [_open(path, trust) for path in paths]
+
+
+def _no_model(model: Path, checkpoint_name: str, missing: Sequence[Path] = ()) -> TransplantError:
+    """What is wrong with something that lacks checkpoints, and what it has instead."""
+    if model.suffix == ".zip":
+        return TransplantError(f"{model} is an archive: install it with nnUNetv2_install_pretrained_model_from_zip, "
+                               "and give the model folder")
+    if model.is_file() or (model / "plans.pkl").exists() or any(model.glob("fold_*/*.model")) or any(
+            model.glob("all/*.model")):
+        return TransplantError(f"{model} is a model of nnU-Net v1: this package works with nnU-Net v2, which cannot "
+                               "read it either")
+    there = sorted(str(path.relative_to(model)) for path in model.glob("fold_*/*.pth"))
+    inside = sorted(path.parent.name for path in model.glob("*/plans.json"))
+    what = f"{model} has no {missing[0].relative_to(model)}" if missing else \
+        f"{model} is not a trained nnU-Net model folder: it has no fold_X/{checkpoint_name}"
+    others = sorted({Path(path).name for path in there} - {checkpoint_name})
+    if others and not any(Path(path).name == checkpoint_name for path in there):
+        return TransplantError(f"{what}, only {', '.join(there)}: give -chk {others[0]}, or that file")
+    if there:
+        return TransplantError(f"{what}; it has {', '.join(there)}")
+    return TransplantError(what + (f". Give one of the models in it: {', '.join(inside)}" if inside else ""))
 
 
 def _open(path: Path, trust: bool) -> TrainedModel:
     folder = path.parent.parent
     plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     content = checkpoints.read(path, trust)
-    configuration = content["init_args"]["configuration"]
-    trainer = find_trainer(content["trainer_name"])
-    tensors = _layout(plans, configuration, dataset_json, trainer, folder, trust, len(content["network_weights"]))
-    shapes = {name: tuple(tensor.shape) for name, tensor in content["network_weights"].items()}
+    configuration, weights = content["init_args"]["configuration"], content["network_weights"]
+
+    def expected(trainer: type[nnUNetTrainer]) -> Layout:
+        return _layout(plans, configuration, dataset_json, trainer, folder, trust, len(weights))
+
+    def is_stock() -> bool:
+        stock = expected(nnUNetTrainer)
+        return stock.shapes == _shapes(_plainly_named(weights, stock))
+
+    trainer = _find_trainer(content["trainer_name"], path, is_stock)
+    tensors = expected(trainer)
+    weights = _plainly_named(weights, tensors)
+    shapes = _shapes(weights)
     if shapes != tensors.shapes:
         odd = sorted(name for name in shapes.keys() | tensors.shapes.keys()
                      if shapes.get(name) != tensors.shapes.get(name))
@@ -143,7 +177,31 @@ def _open(path: Path, trust: bool) -> TrainedModel:
                               f"{shapes.get(odd[0], 'missing')}, expected {tensors.shapes.get(odd[0], 'none')}")
     record = content.get(RECORD)
     return TrainedModel(path, plans, dataset_json, configuration, trainer, content["inference_allowed_mirroring_axes"],
-                        record if isinstance(record, dict) else {}, tensors, content["network_weights"])
+                        record if isinstance(record, dict) else {}, tensors, weights)
+
+
+def _find_trainer(name: str, path: Path, is_stock: Callable[[], bool]) -> type[nnUNetTrainer]:
+    """The trainer; the stock one in place of one that nobody else has, as many public models name it, where the model
+    has exactly the tensors of the plans' stock network."""
+    try:
+        return find_trainer(name)
+    except TransplantError:
+        if not is_stock():
+            raise
+    where = path if path.suffix == ".safetensors" else path.parent.parent  # said once of all folds
+    note(f"nnU-Net does not find the trainer {name} of {where}; its tensors are those of the stock network, so it "
+         "counts as a model of nnUNetTrainer")
+    return nnUNetTrainer
+
+
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def _plainly_named(weights: dict[str, torch.Tensor], tensors: Layout) -> dict[str, torch.Tensor]:
+    """Without the prefixes of names that DDP and torch.compile leave in checkpoints, where all names then fit."""
+    plain = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in weights.items()}
+    return plain if len(plain) == len(weights) and plain.keys() == tensors.shapes.keys() else weights
 
 
 def _layout(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], trainer: type[nnUNetTrainer],
@@ -171,8 +229,16 @@ def _open_task_vector(path: Path, theta_0: Mapping[str, torch.Tensor] | None, tr
     if checkpoints.tensors_sha256(theta_0) != header.theta_0:
         raise TransplantError(f"{path} is a task vector of another base than the one given by -base (it wants theta_0 "
                               f"with SHA-256 {header.theta_0[:16]}...)")
-    trainer = find_trainer(header.trainer_name)
-    tensors = _layout(header.plans, header.configuration, header.dataset_json, trainer, path, trust, len(theta_0))
+
+    def expected(trainer: type[nnUNetTrainer]) -> Layout:
+        return _layout(header.plans, header.configuration, header.dataset_json, trainer, path, trust, len(theta_0))
+
+    def is_stock() -> bool:
+        stock = expected(nnUNetTrainer)
+        return {name: stock.shapes[name] for name in stock.body} == _shapes(theta_0)
+
+    trainer = _find_trainer(header.trainer_name, path, is_stock)
+    tensors = expected(trainer)
     axes = tuple(header.mirroring_axes) if header.mirroring_axes else None
     return TaskVectorModel(path, header.plans, header.dataset_json, header.configuration, trainer, axes,
                            {"theta_0": header.theta_0}, tensors, header=header, base=theta_0)
@@ -185,9 +251,10 @@ def read_json(path: Path) -> dict[str, Any]:
         return checkpoints.parse_json(file.read(checkpoints.MOST_TEXT + 1), str(path))
 
 
-def open_theta_0(base: Path, checkpoint_name: str = CHECKPOINT, trust: bool = False) -> dict[str, torch.Tensor]:
+def open_theta_0(base: Path | str, checkpoint_name: str = CHECKPOINT, trust: bool = False) -> dict[str, torch.Tensor]:
     """The base given as -base, by canonical names and without heads: a model folder with one fold, a checkpoint in
     one, or a theta_0 file of a model folder."""
+    base = Path(base)
     if base.suffix == ".safetensors":
         return read_theta_0(base)
     models = open_models(base, None, checkpoint_name, trust)
@@ -204,45 +271,72 @@ def check_base(theta_0: Mapping[str, torch.Tensor], model: TrainedModel) -> None
         raise TransplantError(f"the base is another network than {model.name}")
 
 
-# What must agree for the same weights to mean the same: nnU-Net's preprocessing, field by field.
+# What must agree for the same weights to mean the same: nnU-Net's preprocessing, field by field. What else plans and
+# dataset.json say is about training (batch_size, batch_dice, augmentation), about the output (transpose_backward,
+# resampling_fn_probabilities, regions_class_order, file_ending), about how the plans were found (median sizes and
+# spacings, the planner), about where files lie (data_identifier, names), or about the network, whose modules are
+# compared themselves. The patch size is that of the first model: the networks take any.
 _CONFIGURATION_FIELDS = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name",
                          "resampling_fn_data", "resampling_fn_data_kwargs", "previous_stage")
+_OF_EACH_IMAGE = {"ZScoreNormalization", "RescaleTo01Normalization", "RGBTo01Normalization", "NoNormalization"}
+# Readers by how they turn the axes of a file; others are like themselves alone.
+_TURNED = {"SimpleITKIO": "as stored", "NibabelIO": "as stored", "SimpleITKIOWithReorient": "to RAS",
+           "NibabelIOWithReorient": "to RAS"}
 
 
-def preprocessing_fields(model: TrainedModel) -> dict[str, Any]:
-    """What the model's input goes through before the network, by names a user finds in the plans."""
+def preprocessing_fields(model: TrainedModel, channels: bool = True) -> dict[str, Any]:
+    """What the model's input goes through before the network, by names a user finds in the plans; with `channels` the
+    names of the image channels, else their number."""
     manager = PlansManager(model.plans)
     configuration = manager.get_configuration(model.configuration).configuration
-    channels = model.dataset_json.get("channel_names", model.dataset_json.get("modality", {}))
-    fields = {"configuration": model.configuration, "channels": list(channels.values()),
-              "transpose_forward": model.plans.get("transpose_forward")}
+    names = channel_names(model.dataset_json)
+    reader = str(model.plans.get("image_reader_writer"))
+    fields = {"configuration": model.configuration, "channels": names if channels else len(names),
+              "image_reader_writer": reader, "transpose_forward": model.plans.get("transpose_forward")}
     fields |= {field: configuration.get(field) for field in _CONFIGURATION_FIELDS}
-    if "CTNormalization" in str(configuration.get("normalization_schemes")):
+    if not _OF_EACH_IMAGE.issuperset(configuration.get("normalization_schemes") or ["unknown"]):
         by_modality = model.plans.get("foreground_intensity_properties_by_modality")  # as old plans call it
         fields["CT intensity statistics"] = model.plans.get("foreground_intensity_properties_per_channel", by_modality)
     if configuration.get("previous_stage"):  # the labels of the previous stage are input channels
         fields["labels"] = model.dataset_json["labels"]
+        fields |= {field: configuration.get(field) for field in ("resampling_fn_seg", "resampling_fn_seg_kwargs")}
     return fields
 
 
-def check_mergeable(models: Sequence[TrainedModel], same_base: bool = True) -> None:
+def _agree(field: str, one: Any, other: Any) -> bool:
+    """Whether two models see the same numbers where a field says this to the one and that to the other."""
+    if field == "channels" and isinstance(one, list):
+        return same_channels(one, other)
+    if field == "image_reader_writer":
+        return _TURNED.get(one, one) == _TURNED.get(other, other)
+    return one == other
+
+
+def check_mergeable(models: Sequence[TrainedModel], same_base: bool = True, channels: bool = True) -> None:
     """Raise TransplantError with a table of what differs, unless all models preprocess their input in the same way,
-    have the same tensors, and with same_base come from the same theta_0 where it is known."""
+    have the same network, and with same_base come from the same theta_0 where it is known. channels: False where
+    somebody knows that image channels of different names are the same."""
     first = models[0]
     for other in models[1:]:
-        ours, theirs = preprocessing_fields(first), preprocessing_fields(other)
+        ours, theirs = preprocessing_fields(first, channels), preprocessing_fields(other, channels)
         rows = [(field, ours.get(field), theirs.get(field)) for field in ours | theirs
-                if ours.get(field) != theirs.get(field)]
+                if not _agree(field, ours.get(field), theirs.get(field))]
+        named = any(row[0] == "channels" for row in rows) and len(ours["channels"]) == len(theirs["channels"])
         body = {name: first.layout.shapes[name] for name in first.layout.body}
         other_body = {name: other.layout.shapes[name] for name in other.layout.body}
         rows += [(name, body.get(name, "none"), other_body.get(name, "none")) for name in body | other_body
                  if body.get(name) != other_body.get(name)][:5]
+        if body == other_body:  # the same tensors can stand in another network
+            modules, other_modules = first.layout.modules, other.layout.modules
+            rows += [(name, modules.get(name, "none"), other_modules.get(name, "none"))
+                     for name in modules | other_modules if modules.get(name) != other_modules.get(name)][:5]
         known = (first.theta_0_sha256, other.theta_0_sha256)
         if same_base and None not in known and known[0] != known[1]:
             rows.append(("theta_0 (SHA-256)", known[0][:16], known[1][:16]))
         if rows:
             table = "\n".join(f"  {field}: {_short(a)} | {_short(b)}" for field, a, b in rows)
-            raise TransplantError(f"{first.name} and {other.name} cannot merge; they differ in\n{table}")
+            raise TransplantError(f"{first.name} and {other.name} cannot merge; they differ in\n{table}"
+                                  + "\nIf these channels are the same, pass --same_channels" * named)
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_transplant.architecture import build_network
+from nnunet_transplant.data.images import check_images
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging import MergedModel
 from nnunet_transplant.model_folder import TrainedModel
@@ -52,18 +53,19 @@ class BatchPredictor(nnUNetPredictor):
         return logits.div_(weights)
 
 
-def predictor(models: MergedModel | Sequence[TrainedModel], device: torch.device, step_size: float = 0.5,
+def predictor(models: MergedModel | Sequence[MergedModel | TrainedModel], device: torch.device, step_size: float = 0.5,
               mirroring: bool = True, on_device: bool = True, verbose: bool = False, progress_bar: bool = True,
               kind: type[nnUNetPredictor] = nnUNetPredictor) -> nnUNetPredictor:
     """An nnUNetPredictor as nnU-Net itself would initialise it from the model's folder: several folds are an ensemble.
     """
-    first = models if isinstance(models, MergedModel) else models[0]
+    models = [models] if isinstance(models, MergedModel) else models
+    first = models[0]
     with contextlib.redirect_stdout(io.StringIO()):  # it says on a CPU that it is not on a GPU
         result = kind(
             tile_step_size=step_size, use_gaussian=True, use_mirroring=mirroring,
             perform_everything_on_device=on_device, device=device, verbose=verbose,
             verbose_preprocessing=verbose, allow_tqdm=progress_bar)
-    parameters = [models.weights] if isinstance(models, MergedModel) else [model.state_dict() for model in models]
+    parameters = [model.weights if isinstance(model, MergedModel) else model.state_dict() for model in models]
     network = build_network(first.plans, first.configuration, first.dataset_json, first.trainer,
                             deep_supervision=False)
     plans = PlansManager(first.plans)
@@ -73,7 +75,7 @@ def predictor(models: MergedModel | Sequence[TrainedModel], device: torch.device
 
 
 def find_cases(images: Path, predictor: nnUNetPredictor) -> list[list[str]]:
-    """The files of every case in a folder of images. Raises TransplantError where there are none, or where a case has
+    """The files of every case in a folder of images. Raises TransplantError where there are none, or where they have
     not as many channels as the model."""
     if not images.is_dir():
         raise TransplantError(f"there is no folder {images}")
@@ -81,12 +83,25 @@ def find_cases(images: Path, predictor: nnUNetPredictor) -> list[list[str]]:
     if not any(images.glob(f"*_[0-9][0-9][0-9][0-9]{ending}")):
         raise TransplantError(f"{images} has no image CASE_0000{ending}")
     cases = create_lists_from_splitted_dataset_folder(str(images), ending, num_processes=1)
-    channels = len(predictor.dataset_json.get("channel_names", predictor.dataset_json.get("modality")))
-    for files in cases:
-        if len(files) != channels:
-            raise TransplantError(f"the model takes {channels} channel{'s' * (channels > 1)}, but {images} has "
-                                  f"{len(files)} for {Path(files[0]).name.rpartition('_')[0]}")
+    check_images({case_name(files, ending): files for files in cases}, ending, str(images), "the model",
+                 predictor.plans_manager.plans, predictor.dataset_json)
     return cases
+
+
+def case_name(files: Sequence[str], ending: str) -> str:
+    """CASE of CASE_0000.nii.gz, ..."""
+    return Path(files[0]).name[:-len("_0000" + ending)]
+
+
+def check_previous_stage(folder: Path, cases: Sequence[str], ending: str) -> None:
+    """Raise TransplantError unless the previous stage of a cascade has predicted every case."""
+    if not folder.is_dir():
+        raise TransplantError(f"-prev_stage_predictions: there is no folder {folder}")
+    missing = [case for case in cases if not (folder / f"{case}{ending}").is_file()]
+    if missing:
+        raise TransplantError(f"-prev_stage_predictions: {folder} has no {missing[0]}{ending}"
+                              + (f", nor of {len(missing) - 1} more cases" if len(missing) > 1 else "")
+                              + ": predict them with the previous stage first")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from nnunet_transplant.checkpoint import read as read_checkpoint
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import CSV, DICE_FIGURE, OVERLAYS_FIGURE, TABLE, mean_dice, model_labels
 from nnunet_transplant.heads import origin
-from nnunet_transplant.labels import check_dataset_json, foreground_values
+from nnunet_transplant.labels import channel_names, check_dataset_json, foreground_values
 from nnunet_transplant.merging import METHODS
 from nnunet_transplant.model_folder import CHECKPOINT, read_json
 from nnunet_transplant.task_vector import RECORD
@@ -175,11 +175,10 @@ def _what(folder: Path, record: Mapping[str, Any]) -> tuple[str, str]:
         if not path.is_file():
             raise TransplantError(f"{folder} is not complete: it has no {path.relative_to(folder)}")
     content = read_checkpoint(next(iter(files.values())))
-    channels = dataset_json.get("channel_names", dataset_json.get("modality", {}))
     axes = content["inference_allowed_mirroring_axes"]
     facts = [("configuration", content["init_args"]["configuration"]), ("plans", plans.get("plans_name", "")),
              ("dataset of the plans", plans.get("dataset_name", "")), ("trainer", content["trainer_name"]),
-             ("channels", [f"{number}: {name}" for number, name in channels.items()]),
+             ("channels", [f"{i}: {name}" for i, name in enumerate(channel_names(dataset_json))]),
              ("test-time mirroring", "none" if not axes else "axes " + ", ".join(map(str, axes))),
              *((f"SHA-256 of {name}", _code(file_sha256(path))) for name, path in files.items())]
     notes = dataset_json.get(RECORD, {})

@@ -123,7 +123,7 @@ def interference(models: Sequence[Path], folds: Sequence[str] | None = None, che
     if len(opened) < 2:
         raise TransplantError(f"interference is between task vectors: give two or more models with -m, not only "
                               f"{opened[0].name}")
-    check_mergeable(opened)
+    check_mergeable(opened, channels=False)
     theta_0 = common_theta_0(opened, given, "interference needs")
     thetas = [model.tensors() for model in opened]
     floats = [name for name in opened[0].layout.body if thetas[0][name].is_floating_point()]

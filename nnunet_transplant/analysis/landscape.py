@@ -121,7 +121,7 @@ def landscape(models: Sequence[Path], volumes: Volumes, *, output: Path, also: S
     every = experts + [model for path in also for model in open_models(path, None, checkpoint_name, trust)]
     if len(experts) < 2:
         raise TransplantError("the loss between models needs at least two of them")
-    check_mergeable(every, same_base=False)
+    check_mergeable(every, same_base=False, channels=False)
     labels = model_labels([model.path for model in every])
     same = all(model.dataset_json["labels"] == every[0].dataset_json["labels"] for model in every)
     names = [name for name in experts[0].layout.names if (same or name not in experts[0].layout.heads)

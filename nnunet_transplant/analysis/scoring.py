@@ -48,23 +48,12 @@ def open_labelled_cases(dataset: str | int, fold: str | int, model: TrainedModel
     """
     found = find_cases(dataset, fold)
     volumes = volumes_of(found.dataset, fold, len(found.files) if n_cases is None else n_cases)
-    bar = tqdm(_readable(preprocessed(volumes, model), found.dataset), desc="reading cases", unit="case", delay=3,
-               disable=not progress)
+    bar = tqdm(preprocessed(volumes, model), desc="reading cases", unit="case", delay=3, disable=not progress)
     volumes_read = list(bar)
     cases = volumes_read[0][2]  # of each volume the same: the cases that were chosen
     labelled = [LabelledCase(name, torch.from_numpy(image), torch.from_numpy(values.astype(np.int16).clip(min=0)))
                 for name, (image, values, _) in zip(cases.files, volumes_read, strict=True)]  # -1: outside of the crop
     return cases, labelled
-
-
-def _readable(items: Iterator[Any], dataset: str) -> Iterator[Any]:
-    try:
-        yield from items
-    except TransplantError:
-        raise
-    except Exception as error:  # the readers and the resampling meet unfit images with any exception
-        raise TransplantError(f"nnU-Net cannot read and preprocess the cases of {dataset} "
-                              f"({type(error).__name__}: {' '.join(str(error).split())})") from error
 
 
 class MergedNetwork:

@@ -97,7 +97,7 @@ class Plan:
 def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, output: Path, plan: Plan = Plan(),
           method: str = "task_arithmetic", parameters: Mapping[str, Any] | None = None, base: Path | None = None,
           checkpoint_name: str = CHECKPOINT, device: str = "cuda", step_size: float = 0.5, mirroring: bool = False,
-          fit_head: bool = False, trust: bool = False, overwrite: bool = False,
+          fit_head: bool = False, same_channels: bool = False, trust: bool = False, overwrite: bool = False,
           progress: bool = False) -> dict[str, Any]:
     """Search the coefficients with which trained models merge best, and write what was found to a folder.
 
@@ -109,6 +109,7 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
     parameters: of the method, by name. base: theta_0, as `merge_folders` takes it.
     mirroring: at test time; takes up to eight times as long.
     fit_head: to every merge, with images that the fold trains on and without their labels.
+    same_channels: the models' image channels are the same, whatever they are called.
 
     Returns the content of sweep.json. Raises TransplantError for what a user can mend.
     """
@@ -135,7 +136,7 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
     use_our_trainers()
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [open_models(path, None, checkpoint_name, trust, theta_0) for path in models]
-    recipe = Recipe(method, space.weights(space.default), given, fit_head=fit_head,
+    recipe = Recipe(method, space.weights(space.default), given, fit_head=fit_head, same_channels=same_channels,
                     volumes=_volumes(dataset, fold, device) if fit_head or how.looks(given) else None)
     network = MergedNetwork(groups, recipe, theta_0, base, target_device, step_size, mirroring)
     job = _open_job(network, space, dataset, fold, plan, groups, progress)

@@ -82,6 +82,7 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-data_device", choices=("cpu", "cuda"), default="cpu", help="where methods with volumes run "
                         "the networks; default cpu")
     add_method_parameters(parser)
+    add_same_channels(parser)
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="load checkpoints that ask for more than weights; they can run code")
     parser.epilog += "\n\nmethods:\n" + "\n".join(
@@ -101,6 +102,11 @@ def add_method_parameters(parser: ArgumentParser, but: Sequence[str] = ()) -> No
                                                                                     for _, p in owners))
         group.add_argument(f"-{name}", type=owners[0][1].kind, metavar="X", help=text,
                            choices=owners[0][1].choices or None)
+
+
+def add_same_channels(parser: ArgumentParser) -> None:
+    parser.add_argument("--same_channels", action="store_true", default=None, help="merge models whose image channels "
+                        "are called differently: you know that they are the same")
 
 
 def number_or_file(text: str) -> float | str:
@@ -147,9 +153,10 @@ def recipe_from(args: Namespace, start: Recipe) -> Recipe:
     recipe = start if args.method in (None, start.method) else Recipe(
         args.method, keep_base_for=start.keep_base_for, stage_weights=start.stage_weights,
         volumes=start.volumes if find(args.method).needs_data or start.polish or start.fit_head else None,
-        fit_head=start.fit_head, polish=start.polish, polish_lr=start.polish_lr)
+        fit_head=start.fit_head, polish=start.polish, polish_lr=start.polish_lr, same_channels=start.same_channels)
     recipe = replace(recipe, parameters={**recipe.parameters, **given})
-    for name in ("weights", "keep_base_for", "stage_weights", "fit_head", "polish", "polish_lr", "share"):
+    for name in ("weights", "keep_base_for", "stage_weights", "fit_head", "polish", "polish_lr", "share",
+                 "same_channels"):
         if getattr(args, name, None) is not None:
             recipe = replace(recipe, **{name: getattr(args, name)})
     if args.d is not None:
@@ -207,7 +214,10 @@ def run(args: Namespace) -> None:
         print(f"wrote {', '.join(str(args.o / name) for name in merged)}")
         return
     if args.out_fold is not None:
-        merged = {str(args.out_fold): merged["all"]}
+        if len(merged) > 1:
+            raise TransplantError(f"-out_fold names the one fold that is written; that earlier merge has several: "
+                                  f"{' '.join(merged)}")
+        merged = {str(args.out_fold): next(iter(merged.values()))}
     write_merge(merged, args.o, args.overwrite)
     for model in merged.values():
         report(model)

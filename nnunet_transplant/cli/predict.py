@@ -6,7 +6,14 @@ from nnunetv2.inference.predict_from_raw_data import _getDefaultValue
 from nnunet_transplant.cli.common import command_parser, run_command
 from nnunet_transplant.cli.merge import add_merge_arguments, merge_from, report
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.prediction import find_cases, overflow_explained, predictor, torch_device
+from nnunet_transplant.prediction import (
+    case_name,
+    check_previous_stage,
+    find_cases,
+    overflow_explained,
+    predictor,
+    torch_device,
+)
 
 
 def main() -> None:
@@ -33,7 +40,8 @@ def add_predict_arguments(parser: ArgumentParser) -> None:
                         help="processes for preprocessing; default 3. With -npp 0 -nps 0 none are started")
     parser.add_argument("-nps", type=int, default=_getDefaultValue("nnUNet_nps", int, 3),
                         help="processes for export; default 3")
-    parser.add_argument("-prev_stage_predictions", metavar="FOLDER", help="for cascades: the previous stage's output")
+    parser.add_argument("-prev_stage_predictions", type=Path, metavar="FOLDER",
+                        help="for cascades: the previous stage's output")
     parser.add_argument("-num_parts", type=int, default=1, help="in how many calls the cases are predicted; default 1")
     parser.add_argument("-part_id", type=int, default=0, help="which of these calls this is, from 0")
     parser.add_argument("-device", default="cuda", help="cuda (default), cpu or mps")
@@ -47,22 +55,26 @@ def run(args: Namespace) -> None:
     if not 0 <= args.part_id < args.num_parts:
         raise TransplantError(f"-part_id must lie between 0 and {args.num_parts - 1}, not {args.part_id}")
     device = torch_device(args.device)
-    merged = merge_from(args)["all"]
-    report(merged)
+    merged = list(merge_from(args).values())  # several where an earlier merge was of each fold: an ensemble
+    for model in merged:
+        report(model)
     nnunet = predictor(merged, device, args.step_size, not args.disable_tta, not args.not_on_device, args.verbose,
                        not args.disable_progress_bar)
-    if nnunet.configuration_manager.previous_stage_name is not None and not args.prev_stage_predictions:
+    cascaded = nnunet.configuration_manager.previous_stage_name is not None
+    if cascaded and args.prev_stage_predictions is None:
         raise TransplantError("this is the second stage of a cascade: give -prev_stage_predictions")
     cases = find_cases(args.i, nnunet)
+    ending = nnunet.dataset_json["file_ending"]
+    names = [case_name(files, ending) for files in cases]
+    if args.prev_stage_predictions is not None:
+        check_previous_stage(args.prev_stage_predictions, names[args.part_id::args.num_parts], ending)
     args.o.mkdir(parents=True, exist_ok=True)
     options = {"save_probabilities": args.save_probabilities, "overwrite": not args.continue_prediction,
-               "folder_with_segs_from_prev_stage": args.prev_stage_predictions}
+               "folder_with_segs_from_prev_stage": args.prev_stage_predictions and str(args.prev_stage_predictions)}
     with overflow_explained():
         if args.npp == 0 and args.nps == 0:
-            part = cases[args.part_id::args.num_parts]
-            ending = len("_0000" + merged.dataset_json["file_ending"])
-            nnunet.predict_from_files_sequential(part, [str(args.o / Path(files[0]).name[:-ending]) for files in part],
-                                                 **options)
+            part = slice(args.part_id, None, args.num_parts)
+            nnunet.predict_from_files_sequential(cases[part], [str(args.o / name) for name in names[part]], **options)
         else:
             nnunet.predict_from_files(str(args.i), str(args.o), num_processes_preprocessing=args.npp,
                                       num_processes_segmentation_export=args.nps, num_parts=args.num_parts,

@@ -17,14 +17,17 @@ def main() -> None:
                              "number, ranges such as 11-18")
     parser.add_argument("-ids", required=True, nargs="+", type=int, metavar="ID",
                         help="a free dataset id for each task")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans name, default: nnUNetPlans")
-    parser.add_argument("-plans_from", metavar="DATASET",
-                        help="take the plans of this dataset and preprocess the images under them, so that models of "
-                             "both datasets can be merged")
+    parser.add_argument("-p", metavar="PLANS", help="plans name, default: nnUNetPlans, or as a model's are called")
+    parser.add_argument("-plans_from", metavar="DATASET|MODEL",
+                        help="take the plans of this dataset, or of this trained model folder (nothing else of it need "
+                             "be on this machine), and preprocess the images under them, so that models of both can be "
+                             "merged")
     parser.add_argument("-cases", metavar="FILE",
                         help="a file with one case id per line, or a fold of the dataset as train:0 or val:0, default: "
                              "all cases")
     parser.add_argument("-np", type=int, metavar="N", help="number of processes, default: nnU-Net's")
+    parser.add_argument("--trust_checkpoints", action="store_true",
+                        help="take a model whose checkpoint or plans ask for more than weights; they can run code")
     run_command(parser, _split)
 
 
@@ -32,7 +35,7 @@ def _split(args: argparse.Namespace) -> None:
     from nnunet_transplant.data.task_dataset import default_num_processes, split_tasks  # slow import: -h stays quick
 
     split = split_tasks(args.d, args.tasks, args.ids, args.p, args.plans_from, args.cases,
-                        default_num_processes if args.np is None else args.np)
+                        default_num_processes if args.np is None else args.np, trust=args.trust_checkpoints)
     for note in split.notes:
         print(note)
     configuration = "3d_fullres" if "3d_fullres" in split.configurations else split.configurations[0]
@@ -43,7 +46,7 @@ def _split(args: argparse.Namespace) -> None:
               f"  raw:          {task.raw_folder}\n"
               f"  preprocessed: {task.preprocessed_folder} ({', '.join(split.configurations)})\n"
               f"  train: nnUNetv2_train {task.name[7:10]} {configuration} 0{plans} -tr nnUNetTrainerTaskVector "
-              f"-pretrained_weights BASE_CHECKPOINT")
+              f"-pretrained_weights {split.checkpoint or 'BASE_CHECKPOINT'}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ from pathlib import Path
 
 from nnunet_transplant.analysis.sweep import TABLE, WEIGHTS, Plan, sweep
 from nnunet_transplant.cli.common import command_parser, run_command
-from nnunet_transplant.cli.merge import add_method_parameters
+from nnunet_transplant.cli.merge import add_method_parameters, add_same_channels
 from nnunet_transplant.merging import METHODS
 from nnunet_transplant.model_folder import CHECKPOINT
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--fit_head", action="store_true", help="fit the head of every merge, with images that the "
                         "fold trains on and without their labels, as in the merge to come; default not")
     add_method_parameters(parser, but=OWN)
+    add_same_channels(parser)
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="load checkpoints that ask for more than weights; they can run code")
     parser.add_argument("--overwrite", action="store_true", help="start an earlier sweep anew")
@@ -80,9 +81,11 @@ def run(args: Namespace) -> None:
                 args.n_cases, args.seed, args.storage, args.study)
     sweep(args.m, args.d, args.f, output=args.o, plan=plan, method=args.method, parameters=parameters, base=args.base,
           checkpoint_name=args.chk, device=args.device, step_size=args.step_size, mirroring=args.tta,
-          fit_head=args.fit_head, trust=args.trust_checkpoints, overwrite=args.overwrite, progress=True)
+          fit_head=args.fit_head, same_channels=bool(args.same_channels), trust=args.trust_checkpoints,
+          overwrite=args.overwrite, progress=True)
     print((args.o / TABLE).read_text(encoding="utf-8"))
     base = "" if args.base is None else f"-base {args.base} "
     head = f" --fit_head -d {args.d} -cases train:{args.f}" if args.fit_head else ""
+    head += " --same_channels" * bool(args.same_channels)
     print(f"wrote {args.o}\nmerge with the best: nnunet_transplant_merge -m {' '.join(map(str, args.m))} {base}"
           f"-weights @{args.o / WEIGHTS}{head} -o MERGED")

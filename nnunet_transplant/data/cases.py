@@ -1,14 +1,21 @@
-"""The labelled cases of a raw nnU-Net dataset."""
+"""The labelled cases of a raw nnU-Net dataset, its folds, and which of its cases somebody chooses."""
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunet_transplant.checkpoint import MOST_TEXT, parse_json
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.labels import check_dataset_json
+from nnunet_transplant.task_vector import RECORD
+
+Splits = list[dict[str, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -16,9 +23,9 @@ class Cases:
     """Cases of a raw dataset."""
     dataset: str
     dataset_json: dict[str, Any]
-    files: dict[str, dict[str, Any]]  # case -> {"images": one path for each channel, "label": path}
+    files: dict[str, dict[str, Any]]  # case -> {"images": the files of its channels, "label": path}
 
-    def chosen(self, cases: list[str], labelled: bool = True) -> "Cases":
+    def chosen(self, cases: Sequence[str], labelled: bool = True) -> "Cases":
         """Only these cases. Raises TransplantError for one that the dataset does not have or a file that is missing;
         label maps may be, unless `labelled`."""
         for case in cases:
@@ -31,32 +38,157 @@ class Cases:
         return replace(self, files={case: self.files[case] for case in cases})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+
 def nnunet_folder(variable: str) -> Path:
     if not os.environ.get(variable):
         raise TransplantError(f"the environment variable {variable} is not set (see nnU-Net's setting_up_paths.md)")
     return Path(os.path.abspath(os.environ[variable]))
 
 
-def open_cases(dataset: str | int) -> Cases:
-    """All training cases of a dataset, given by its name or id as to -d. Raises TransplantError where it is not there.
-    """
-    raw = nnunet_folder("nnUNet_raw")
+def dataset_name(dataset: str | int, flag: str = "-d") -> str:
+    """Dataset004_Hippocampus of itself or of 4. Raises TransplantError for an unknown id and for what is no name."""
     try:
         name = str(maybe_convert_to_dataset_name(dataset))
     except (RuntimeError, ValueError) as error:
         what = str(error).partition(". ")[0].partition("\n")[0]
-        raise TransplantError(f"-d {dataset}: {what} (give a name such as Dataset004_Hippocampus or its id)") from error
-    if not (raw / name / "dataset.json").is_file():
-        raise TransplantError(f"-d {dataset}: nnUNet_raw has no dataset {name} ({raw / name / 'dataset.json'} is "
-                              "missing); images and labels are read from there")
-    dataset_json = load_json(str(raw / name / "dataset.json"))
+        raise TransplantError(f"{flag} {dataset}: {what} (give a name such as Dataset004_Hippocampus or its id)"
+                              ) from error
+    if not re.match(r"Dataset\d{3}_", name):
+        raise TransplantError(f"{flag} {dataset}: '{name}' is no dataset name of nnU-Net: they are like "
+                              "Dataset004_Hippocampus")
+    return name
+
+
+def open_cases(dataset: str | int) -> Cases:
+    """All training cases of a dataset, given by its name or id as to -d. Raises TransplantError where it is not there,
+    or its dataset.json is not as nnU-Net wants it."""
+    raw, name = nnunet_folder("nnUNet_raw"), dataset_name(dataset)
+    path = raw / name / "dataset.json"
+    if not path.is_file():
+        raise TransplantError(f"-d {dataset}: nnUNet_raw has no dataset {name} ({path} is missing); images and labels "
+                              "are read from there")
+    dataset_json = parse_json(_read(path), str(path))
+    _check_raw_dataset_json(dataset_json, path)
     if "dataset" not in dataset_json and not (raw / name / "imagesTr").is_dir():
         raise TransplantError(f"{raw / name} has no imagesTr")
     files = get_filenames_of_train_images_and_targets(str(raw / name), dict(dataset_json))
     return Cases(name, dataset_json, {str(case): dict(files[case]) for case in sorted(files)})
 
 
-def open_splits(dataset: str) -> list[dict[str, list[str]]] | None:
-    """nnU-Net's folds of a dataset, where nnU-Net has written them yet."""
+def _check_raw_dataset_json(content: dict[str, Any], path: Path) -> None:
+    check_dataset_json(content, str(path), RECORD)
+    if not isinstance(content.get("file_ending"), str):
+        raise TransplantError(f"{path} has no 'file_ending' such as .nii.gz")
+    entries = content.get("dataset", {})
+    if not (isinstance(entries, dict) and all(
+            isinstance(entry, dict) and isinstance(entry.get("label"), str) and _are_names(entry.get("images"))
+            for entry in entries.values())):
+        raise TransplantError(f"'dataset' in {path} must give each case its 'images', a list of files, and its 'label'")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _read(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(MOST_TEXT + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folds
+
+def open_splits(dataset: str) -> Splits | None:
+    """The folds of a dataset, where its splits_final.json says some. Raises TransplantError as `read_splits` does."""
     path = nnunet_folder("nnUNet_preprocessed") / dataset / "splits_final.json"
-    return load_json(str(path)) if path.is_file() else None
+    return read_splits(path) if path.is_file() else None
+
+
+def read_splits(path: Path) -> Splits:
+    """The folds in a splits_final.json, which people write by hand. Raises TransplantError for what is no list of
+    folds, each with its lists of cases 'train' and 'val'. Which cases exist is not asked."""
+    folds = parse_json(_read(path), str(path), list)
+    if not folds:
+        raise TransplantError(f"{path} holds no fold")
+    for number, fold in enumerate(folds):
+        if not (isinstance(fold, dict) and _are_names(fold.get("train")) and _are_names(fold.get("val"))):
+            raise TransplantError(f"fold {number} in {path} must have two lists of cases, 'train' and 'val'")
+    return [{part: fold[part] for part in ("train", "val")} for fold in folds]
+
+
+def new_splits(cases: Sequence[str]) -> Splits:
+    """nnU-Net's own five folds of these cases: seeded, so always the same. Raises TransplantError below 5 cases."""
+    if len(cases) < 5:
+        raise TransplantError(f"nnU-Net cannot split fewer than 5 cases into its 5 folds, here are {len(cases)}.")
+    return [{part: [str(case) for case in fold[part]] for part in ("train", "val")}
+            for fold in generate_crossval_split(sorted(cases), seed=12345, n_splits=5)]
+
+
+def splits_of_cases(splits: Splits, cases: Sequence[str]) -> tuple[Splits, bool]:
+    """Every fold without the cases that were not chosen, or a new split of the chosen ones if that would leave a fold
+    with nothing to train or validate on; and whether it is a new one.
+
+    Raises TransplantError if a new split has fewer than 5 cases."""
+    chosen = set(cases)
+    kept = [{part: [case for case in fold[part] if case in chosen] for part in ("train", "val")} for fold in splits]
+    if all(fold["train"] and fold["val"] for fold in kept):
+        return kept, False
+    return new_splits(cases), True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which cases
+
+def choose_cases(cases: str | os.PathLike | Sequence[str], all_cases: Sequence[str],
+                 splits: Splits | None) -> list[str]:
+    """Sorted case ids: from a file (see `read_case_list`), from `train:K` or `val:K` (fold K of `splits`), or a
+    sequence of ids as it is.
+
+    Raises TransplantError for a missing file or fold, no case at all, and ids that are not in `all_cases`."""
+    chosen: Sequence[str]
+    if isinstance(cases, (str, os.PathLike)):
+        fold = re.fullmatch(r"(train|val):(\d+)", str(cases))
+        if fold and splits is None:
+            raise TransplantError(f"-cases {cases}: the dataset has no splits_final.json, nnU-Net writes it when the "
+                                  "first fold is trained")
+        if fold and int(fold[2]) >= len(splits):
+            raise TransplantError(f"-cases {cases}: the dataset has {len(splits)} folds, counted from 0.")
+        chosen = splits[int(fold[2])][fold[1]] if fold else read_case_list(Path(cases))
+    else:
+        chosen = cases
+    unknown = sorted(set(chosen) - set(all_cases))
+    if unknown:
+        raise TransplantError(f"{len(unknown)} of the chosen cases are not in the dataset: {listed(unknown)}.")
+    if not chosen:
+        raise TransplantError("No case was chosen.")
+    return sorted(set(chosen))
+
+
+def read_case_list(path: Path) -> list[str]:
+    """The ids in a file: one on each line, or a JSON list; UTF-8 or, with its byte-order mark, UTF-16, as Windows
+    writes them. Raises TransplantError for a missing file and for what is neither."""
+    if not path.is_file():
+        raise TransplantError(f"-cases: there is no file {path}. Give a file with one case id per line, or a fold of "
+                              f"the dataset as train:0 or val:0.")
+    content = _read(path)
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise TransplantError(f"-cases: {path} is not text in UTF-8: save it as such") from error
+    if not text.lstrip().startswith("["):
+        ids = [line.strip() for line in text.splitlines() if line.strip()]
+        if any(not each.isprintable() for each in ids):  # UTF-16 without its mark, or no text at all
+            raise TransplantError(f"-cases: {path} is not text in UTF-8: save it as such")
+        return ids
+    ids = parse_json(text, f"-cases: {path}", list)
+    if not _are_names(ids):
+        raise TransplantError(f"-cases: {path} must list case ids, each in quotes")
+    return ids
+
+
+def listed(items: Sequence[str], most: int = 5) -> str:
+    items = [str(item) for item in items]
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -4,7 +4,6 @@ A task dataset is an ordinary nnU-Net dataset, raw and preprocessed. Raw: remapp
 nnU-Net's `dataset` entry. Preprocessed: the parent's image volumes as hard links, and what depends on the labels made
 anew by nnU-Net's own preprocessor, so that it equals what `nnUNetv2_preprocess` makes of the raw folder.
 """
-import json
 import os
 import re
 import shutil
@@ -22,21 +21,31 @@ from uuid import uuid4
 
 import blosc2
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-from nnunetv2.utilities.crossval_split import generate_crossval_split
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets, maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
+from nnunet_transplant.checkpoint import atomic_path
+from nnunet_transplant.data.cases import (
+    Splits,
+    choose_cases,
+    dataset_name,
+    listed,
+    new_splits,
+    nnunet_folder,
+    open_cases,
+    open_splits,
+    splits_of_cases,
+)
+from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.labels import Labels, TaskLabels, foreground_values, task_labels
+from nnunet_transplant.labels import Labels, TaskLabels, channel_names, foreground_values, same_channels, task_labels
+from nnunet_transplant.model_folder import open_models, read_json
 from nnunet_transplant.task_vector import RECORD
-
-Splits = list[dict[str, list[str]]]
 
 RESERVED = ("background", "ignore")  # label names with a meaning of their own in nnU-Net
 
@@ -83,7 +92,7 @@ def _labels_of_class(text: str, parent_labels: Labels, task: str) -> list[str]:
     labels = [label for item in items for label in _labels_of_item(item, parent_labels, task)]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise TransplantError(f"Task '{task}': {_listed(twice)} more than once in one class.")
+        raise TransplantError(f"Task '{task}': {listed(twice)} more than once in one class.")
     return labels
 
 
@@ -126,62 +135,6 @@ def remap_labels(seg: np.ndarray, value_map: Mapping[int, int]) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which cases
-
-def choose_cases(cases: str | os.PathLike | Sequence[str], all_cases: Sequence[str], splits: Splits) -> list[str]:
-    """Sorted case ids: from a file (one id per line, or a JSON list), from `train:K` or `val:K` (fold K of `splits`),
-    or a sequence of ids as it is.
-
-    Raises TransplantError for a missing file or fold, no case at all, and ids that are not in `all_cases`."""
-    if isinstance(cases, (str, os.PathLike)):
-        fold = re.fullmatch(r"(train|val):(\d+)", str(cases))
-        if fold and int(fold[2]) >= len(splits):
-            raise TransplantError(f"-cases {cases}: the dataset has {len(splits)} folds, counted from 0.")
-        chosen = splits[int(fold[2])][fold[1]] if fold else _cases_in_file(Path(cases))
-    else:
-        chosen = cases
-    unknown = sorted(set(chosen) - set(all_cases))
-    if unknown:
-        raise TransplantError(f"{len(unknown)} of the chosen cases are not in the dataset: {_listed(unknown)}.")
-    if not chosen:
-        raise TransplantError("No case was chosen.")
-    return sorted(set(chosen))
-
-
-def _cases_in_file(file: Path) -> list[str]:
-    if not file.is_file():
-        raise TransplantError(f"-cases: there is no file {file}. Give a file with one case id per line, or a fold of "
-                              f"the dataset as train:0 or val:0.")
-    text = file.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
-            return [str(case) for case in json.loads(text)]
-        except json.JSONDecodeError as error:
-            raise TransplantError(f"-cases: {file} starts like a JSON list but is none: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def new_splits(cases: Sequence[str]) -> Splits:
-    """nnU-Net's own five folds of these cases: seeded, so always the same. Raises TransplantError below 5 cases."""
-    if len(cases) < 5:
-        raise TransplantError(f"nnU-Net cannot split fewer than 5 cases into its 5 folds, here are {len(cases)}.")
-    return [{part: [str(case) for case in fold[part]] for part in ("train", "val")}
-            for fold in generate_crossval_split(sorted(cases), seed=12345, n_splits=5)]
-
-
-def splits_of_cases(splits: Splits, cases: Sequence[str]) -> tuple[Splits, bool]:
-    """Every fold without the cases that were not chosen, or a new split of the chosen ones if that would leave a fold
-    with nothing to train or validate on; and whether it is a new one.
-
-    Raises TransplantError if a new split has fewer than 5 cases."""
-    chosen = set(cases)
-    kept = [{part: [case for case in fold[part] if case in chosen] for part in ("train", "val")} for fold in splits]
-    if all(fold["train"] and fold["val"] for fold in kept):
-        return kept, False
-    return new_splits(cases), True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Writing the datasets
 
 @dataclass(frozen=True)
@@ -196,11 +149,27 @@ class TaskDataset:
 
 @dataclass(frozen=True)
 class TaskSplit:
-    """What split_tasks wrote, for which configurations of which plans, and what a user should know about it."""
+    """What split_tasks wrote, for which configurations of which plans, and what a user should know about it.
+
+    checkpoint: of the model that the plans are from, where they are a model's: it can be the base."""
     tasks: list[TaskDataset]
     plans_name: str
     configurations: list[str]
     notes: list[str]
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Whose plans are used: a dataset's, or a trained model's."""
+    name: str                  # for messages
+    folder: Path
+    plans: dict
+    plans_name: str
+    fingerprint: Path
+    channels: list[str]        # how it calls its image channels; empty where nothing says so
+    configuration: str | None  # that of a model
+    checkpoint: Path | None
 
 
 @dataclass(frozen=True)
@@ -225,45 +194,50 @@ class _Target:
     final_preprocessed: Path
 
 
-def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], plans_name: str = "nnUNetPlans",
-                plans_from: int | str | None = None, cases: str | os.PathLike | Sequence[str] | None = None,
-                num_processes: int = default_num_processes, show_progress: bool = True) -> TaskSplit:
+def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], plans_name: str | None = None,
+                plans_from: int | str | Path | None = None, cases: str | os.PathLike | Sequence[str] | None = None,
+                num_processes: int = default_num_processes, show_progress: bool = True,
+                trust: bool = False) -> TaskSplit:
     """Write one nnU-Net dataset per task, raw and preprocessed: all of them or, on any error, nothing.
 
-    dataset: name or id of the parent, preprocessed with `plans_name` (unless plans_from is given).
+    dataset: name or id of the parent, preprocessed with `plans_name` (unless plans_from is given). Nothing in its
+        folders needs to be writable.
     tasks, ids: `NAME=SPEC` (see parse_task) and a free dataset id from 1 to 999, for each task.
-    plans_from: name or id of a dataset whose plans are used instead of the parent's, so that models of both can merge.
-        The parent's images are then preprocessed once under these plans, into the first task's folder.
+    plans_name: nnUNetPlans by default; a model's plans have the name that they have.
+    plans_from: whose plans are used instead of the parent's, so that models of both can merge: name or id of a dataset,
+        or a trained model folder (or a checkpoint in one), of which nothing else need be on this machine. The parent's
+        images are then preprocessed once under these plans, into the first task's folder.
     cases: which of the parent's cases to take (see choose_cases), all by default.
     num_processes: cases at a time; 1 starts no process.
+    trust: plans of a model that name other classes than networks and layers, and checkpoints that ask for more than
+        weights; they can run code.
 
     Raises TransplantError for whatever a user can mend: unknown datasets, labels, cases or plans, ids that are taken,
     a parent that was not preprocessed, missing files, label maps with undeclared values.
     """
-    raw_root, preprocessed_root = _root("nnUNet_raw"), _root("nnUNet_preprocessed")
-    parent = _dataset_name(dataset)
-    parent_json_file = raw_root / parent / "dataset.json"
-    if not parent_json_file.is_file():
-        raise TransplantError(f"There is no dataset {parent} in nnUNet_raw: {parent_json_file} is missing.")
-    parent_json = load_json(str(parent_json_file))
+    raw_root, preprocessed_root = nnunet_folder("nnUNet_raw"), nnunet_folder("nnUNet_preprocessed")
+    opened = open_cases(dataset)
+    parent, parent_json, files = opened.dataset, opened.dataset_json, opened.files
     parsed = [parse_task(task, parent_json["labels"]) for task in tasks]
     _check_ids(parsed, ids, parent)
     labels = [task_labels(task.classes, parent_json["labels"], parent_json.get("regions_class_order"))
               for task in parsed]
 
-    source = preprocessed_root / (parent if plans_from is None else _dataset_name(plans_from))
-    plans = _load_plans(source, plans_name)
-    folders = _data_folders(plans, plans_name, source, source.name == parent)
+    source = _open_source(parent if plans_from is None else plans_from, plans_name, preprocessed_root / parent, trust)
+    plans = source.plans
+    folders = _data_folders(source, link_images=source.folder == preprocessed_root / parent)
     _check_plans_fit(plans, folders, parent_json, source.name)
+    notes = _channel_notes(parent, parent_json, source)
 
-    files = get_filenames_of_train_images_and_targets(str(raw_root / parent), deepcopy(parent_json))
     splits_file = preprocessed_root / parent / "splits_final.json"
-    parent_splits = load_json(str(splits_file)) if splits_file.is_file() else None
+    parent_splits = open_splits(parent)
     splits = parent_splits or new_splits(list(files))
     chosen, new_split = sorted(files), False
     if cases is not None:
         chosen = choose_cases(cases, list(files), splits)
         splits, new_split = splits_of_cases(splits, chosen)
+    else:
+        _check_splits(splits, files, splits_file)
     _check_files(files, chosen, folders)
 
     task_jsons = [_task_json(parent, parent_json, task, task_label, files, chosen)
@@ -271,18 +245,14 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
     names = [f"Dataset{dataset_id:03d}_{task.name}" for task, dataset_id in zip(parsed, ids, strict=True)]
     with _targets(names, labels, task_jsons, raw_root, preprocessed_root) as targets:
         for target in targets:
-            _write_task_files(target, plans, plans_name, source, splits, folders)
+            _write_task_files(target, source, splits, folders)
         # sent to the workers with every case, so without the list of all cases
         light = [replace(target, dataset_json={**target.dataset_json, "dataset": {}}) for target in targets]
         work = partial(_make_case, targets=light, folders=folders, plans=plans)
         _for_each_case(work, {case: files[case] for case in chosen}, num_processes, show_progress)
-        if parent_splits is None and splits_file.parent.is_dir():
-            save_json(new_splits(list(files)), str(splits_file), sort_keys=False)
-
-    notes = []
     if parent_splits is None:
         notes.append(f"{parent} had no splits_final.json: made nnU-Net's own five folds"
-                     + (f" and wrote them to {splits_file}." if splits_file.is_file() else "."))
+                     + (f" and wrote them to {splits_file}." if _offer(new_splits(list(files)), splits_file) else "."))
     if new_split:
         notes.append(f"The chosen cases leave a fold of {parent} without training or validation cases: made a new "
                      f"split of the {len(chosen)} chosen cases, the same for all tasks.")
@@ -292,23 +262,8 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
     configurations = [name for name in plans["configurations"]
                       if _configuration(plans, name).data_identifier in identifiers]
     return TaskSplit([TaskDataset(target.name, target.dataset_json["labels"], chosen, target.final_raw,
-                                  target.final_preprocessed) for target in targets], plans_name, configurations, notes)
-
-
-def _root(variable: str) -> Path:
-    if not os.environ.get(variable):
-        raise TransplantError(f"The environment variable {variable} is not set (see nnU-Net's setting_up_paths.md).")
-    return Path(os.environ[variable]).absolute()
-
-
-def _dataset_name(dataset: int | str) -> str:
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        raise TransplantError(f"No dataset '{dataset}': {error}") from error
-    if not re.match(r"Dataset\d{3}_", name):
-        raise TransplantError(f"'{name}' is no dataset name of nnU-Net: they are like Dataset004_Hippocampus.")
-    return name
+                                  target.final_preprocessed) for target in targets], source.plans_name, configurations,
+                     notes, source.checkpoint)
 
 
 def _check_ids(tasks: Sequence[Task], ids: Sequence[int], parent: str) -> None:
@@ -317,7 +272,7 @@ def _check_ids(tasks: Sequence[Task], ids: Sequence[int], parent: str) -> None:
     for what, values in (("name", [task.name for task in tasks]), ("id", list(ids))):
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
-            raise TransplantError(f"Several tasks have the same {what}: {_listed(twice)}.")
+            raise TransplantError(f"Several tasks have the same {what}: {listed(twice)}.")
     for dataset_id in ids:
         if not 1 <= dataset_id <= 999:
             raise TransplantError(f"The id {dataset_id} is not from 1 to 999.")
@@ -325,38 +280,101 @@ def _check_ids(tasks: Sequence[Task], ids: Sequence[int], parent: str) -> None:
             raise TransplantError(f"The id {dataset_id} is that of {parent} itself.")
         taken = find_candidate_datasets(dataset_id)
         if len(taken):
-            raise TransplantError(f"The id {dataset_id} is taken by {_listed(taken)} (in nnUNet_raw, "
+            raise TransplantError(f"The id {dataset_id} is taken by {listed(taken)} (in nnUNet_raw, "
                                   f"nnUNet_preprocessed or nnUNet_results). Choose another, or remove that dataset.")
 
 
-def _load_plans(source: Path, plans_name: str) -> dict:
-    """The plans, after a check that what is copied along with them is there."""
-    dataset_id = int(source.name[7:10])
-    if not (source / f"{plans_name}.json").is_file():
+def _open_source(given: int | str | Path, plans_name: str | None, parent: Path, trust: bool) -> _Source:
+    """parent: the preprocessed folder of the dataset that is split."""
+    path = Path(str(given))
+    if len(path.parts) > 1 or (path / "plans.json").is_file():
+        return _model_source(path, plans_name, parent, trust)
+    return _dataset_source(dataset_name(str(given), "-plans_from"), plans_name or "nnUNetPlans")
+
+
+def _dataset_source(name: str, plans_name: str) -> _Source:
+    folder = nnunet_folder("nnUNet_preprocessed") / name
+    if not (folder / f"{plans_name}.json").is_file():
         planner = "" if plans_name == "nnUNetPlans" else f" -pl PLANNER, with the planner that makes {plans_name}"
-        raise TransplantError(f"{source.name} has no plans {plans_name} in nnUNet_preprocessed. Run: "
-                              f"nnUNetv2_plan_and_preprocess -d {dataset_id}{planner}")
-    if not (source / "dataset_fingerprint.json").is_file():
-        raise TransplantError(f"{source.name} has no dataset_fingerprint.json in nnUNet_preprocessed. Run: "
-                              f"nnUNetv2_extract_fingerprint -d {dataset_id}")
-    return load_json(str(source / f"{plans_name}.json"))
+        raise TransplantError(f"{name} has no plans {plans_name} in nnUNet_preprocessed. Run: "
+                              f"nnUNetv2_plan_and_preprocess -d {int(name[7:10])}{planner}. Or give the trained model "
+                              "folder that is to be the base as -plans_from: it has its plans")
+    described = folder / "dataset.json"
+    return _Source(name, folder, read_json(folder / f"{plans_name}.json"), plans_name, _fingerprint(folder),
+                   channel_names(read_json(described)) if described.is_file() else [], None, None)
+
+
+def _model_source(path: Path, plans_name: str | None, parent: Path, trust: bool) -> _Source:
+    use_our_trainers()
+    model = open_models(path, trust=trust)[0]
+    own = str(model.plans["plans_name"])
+    if plans_name not in (None, own):
+        raise TransplantError(f"the plans of {path} are called {own}: leave out -p {plans_name}")
+    beside = model.folder / "dataset_fingerprint.json"
+    return _Source(str(path), model.folder, model.plans, own, beside if beside.is_file() else _fingerprint(parent),
+                   channel_names(model.dataset_json), model.configuration, model.path)
+
+
+def _fingerprint(preprocessed: Path) -> Path:
+    """nnU-Net copies it into every folder of results, so that it must be there."""
+    path = preprocessed / "dataset_fingerprint.json"
+    if not path.is_file():
+        raise TransplantError(f"{preprocessed.name} has no dataset_fingerprint.json in nnUNet_preprocessed. Run: "
+                              f"nnUNetv2_extract_fingerprint -d {int(preprocessed.name[7:10])}")
+    return path
+
+
+def _channel_notes(parent: str, parent_json: dict, source: _Source) -> list[str]:
+    """Said before anybody trains: a merge refuses models whose channels are called otherwise."""
+    own = channel_names(parent_json)
+    if not source.channels or same_channels(own, source.channels):
+        return []
+    return [f"The image channels of {parent} are called {', '.join(own)}, those of {source.name} "
+            f"{', '.join(source.channels)}. Models of both merge only with --same_channels: use it if they are the "
+            "same."]
+
+
+def _check_splits(splits: Splits, cases: Mapping[str, dict], path: Path) -> None:
+    """A fold of a task with cases that are not there would end its training."""
+    unknown = sorted({case for fold in splits for part in fold.values() for case in part} - set(cases))
+    if unknown:
+        raise TransplantError(f"{path} has {len(unknown)} cases that the dataset does not have: {listed(unknown)}. "
+                              "Take them out, or choose cases with -cases")
+
+
+def _offer(splits: Splits, path: Path) -> bool:
+    """Write a dataset's folds where nnU-Net would, so that base and tasks have the same; not where the dataset is not
+    preprocessed or belongs to somebody else."""
+    if not path.parent.is_dir():
+        return False
+    try:
+        with atomic_path(path) as temporary:
+            save_json(splits, str(temporary), sort_keys=False)
+    except OSError:
+        return False
+    return True
 
 
 def _configuration(plans: dict, name: str) -> ConfigurationManager:
-    return PlansManager(plans).get_configuration(name)
+    try:
+        return PlansManager(plans).get_configuration(name)
+    except Exception as error:  # people write configurations by hand; nnU-Net meets a missing key with any exception
+        raise TransplantError(f"nnU-Net cannot read the configuration {name} of the plans "
+                              f"({type(error).__name__}: {error})") from error
 
 
-def _data_folders(plans: dict, plans_name: str, source: Path, link_images: bool) -> list[_DataFolder]:
-    """A folder for each data identifier that `source` has preprocessed.
+def _data_folders(source: _Source, link_images: bool) -> list[_DataFolder]:
+    """A folder for each data identifier that the source has preprocessed; for the configuration of a model.
 
     If it has none, an error, or when images are not linked: 3d_fullres, or else all configurations."""
-    first_with = {}  # several configurations may share a folder
-    for name in plans["configurations"]:
+    plans = source.plans
+    first_with: dict[str, str] = {}  # several configurations may share a folder
+    for name in plans["configurations"] if source.configuration is None else [source.configuration]:
         first_with.setdefault(_configuration(plans, name).data_identifier, name)
-    found = {identifier: name for identifier, name in first_with.items() if (source / identifier).is_dir()}
+    found = {identifier: name for identifier, name in first_with.items() if (source.folder / identifier).is_dir()}
     if not found and link_images:
-        raise TransplantError(f"{source.name} is planned but not preprocessed. Run: "
-                              f"nnUNetv2_preprocess -d {int(source.name[7:10])} -plans_name {plans_name}")
+        raise TransplantError(f"{source.name} is planned but not preprocessed. Run: nnUNetv2_preprocess "
+                              f"-d {int(source.name[7:10])} -plans_name {source.plans_name}")
     if not found:
         full = {identifier: name for identifier, name in first_with.items() if name == "3d_fullres"}
         found = full or first_with
@@ -368,16 +386,13 @@ def _data_folders(plans: dict, plans_name: str, source: Path, link_images: bool)
                                   f"configuration {name} of {source.name} asks for.")
         # normalisation within the mask takes in labelled voxels of intensity 0, so the images depend on the labels
         shared = configuration.preprocessor_class is DefaultPreprocessor and not any(configuration.use_mask_for_norm)
-        folders.append(_DataFolder(identifier, name, source / identifier if link_images and shared else None, shared))
+        folders.append(_DataFolder(identifier, name, source.folder / identifier if link_images and shared else None,
+                                   shared))
     return folders
 
 
-def _channel_names(dataset_json: dict) -> dict[str, str]:
-    return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
-
-
 def _check_plans_fit(plans: dict, folders: Sequence[_DataFolder], parent_json: dict, source: str) -> None:
-    channels = len(_channel_names(parent_json))
+    channels = len(channel_names(parent_json))
     for folder in folders:
         planned = len(_configuration(plans, folder.configuration).normalization_schemes)
         if planned != channels:
@@ -394,7 +409,7 @@ def _check_files(files: dict[str, dict], cases: Sequence[str], folders: Sequence
     missing = [file for case in cases for file in (*files[case]["images"], files[case]["label"])
                if not Path(file).is_file()]
     if missing:
-        raise TransplantError(f"{len(missing)} image or label files are missing: {_listed(missing)}.")
+        raise TransplantError(f"{len(missing)} image or label files are missing: {listed(missing)}.")
     for folder in folders:
         if folder.parent is None:
             continue
@@ -404,7 +419,7 @@ def _check_files(files: dict[str, dict], cases: Sequence[str], folders: Sequence
             raise TransplantError(f"{folder.parent} holds data in nnU-Net's old npz format. {again}")
         unprocessed = [case for case in cases if not (folder.parent / f"{case}.b2nd").is_file()]
         if unprocessed:
-            raise TransplantError(f"{len(unprocessed)} cases are missing in {folder.parent}: {_listed(unprocessed)}. "
+            raise TransplantError(f"{len(unprocessed)} cases are missing in {folder.parent}: {listed(unprocessed)}. "
                                   f"{again}")
 
 
@@ -453,17 +468,17 @@ def _targets(names: Sequence[str], labels: Sequence[TaskLabels], task_jsons: Seq
         raise
 
 
-def _write_task_files(target: _Target, plans: dict, plans_name: str, source: Path, splits: Splits,
-                      folders: Sequence[_DataFolder]) -> None:
+def _write_task_files(target: _Target, source: _Source, splits: Splits, folders: Sequence[_DataFolder]) -> None:
     for folder in (target.raw / "labelsTr", target.preprocessed / "gt_segmentations",
                    *(target.preprocessed / folder.identifier for folder in folders)):
         folder.mkdir(parents=True)
     for folder in (target.raw, target.preprocessed):
         save_json(target.dataset_json, str(folder / "dataset.json"), sort_keys=False)
     # the trainer takes its folders from the plans' dataset_name
-    save_json({**plans, "dataset_name": target.name}, str(target.preprocessed / f"{plans_name}.json"), sort_keys=False)
+    save_json({**source.plans, "dataset_name": target.name}, str(target.preprocessed / f"{source.plans_name}.json"),
+              sort_keys=False)
     save_json(splits, str(target.preprocessed / "splits_final.json"), sort_keys=False)
-    shutil.copyfile(source / "dataset_fingerprint.json", target.preprocessed / "dataset_fingerprint.json")
+    shutil.copyfile(source.fingerprint, target.preprocessed / "dataset_fingerprint.json")
 
 
 def _for_each_case(work: Callable[[str, dict], None], files: dict[str, dict], num_processes: int,
@@ -557,11 +572,6 @@ def _link(source: Path, target: Path, final_source: Path) -> None:
         os.link(os.path.realpath(source), target)
     except OSError:
         target.symlink_to(os.path.realpath(final_source))
-
-
-def _listed(items: Sequence[str], most: int = 5) -> str:
-    items = [str(item) for item in items]
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def _shown(value: "int | Sequence[int]") -> str:

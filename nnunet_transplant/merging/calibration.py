@@ -14,8 +14,8 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunet_transplant.architecture import build_network, canonical_names
-from nnunet_transplant.data.cases import Cases, open_cases, open_splits
-from nnunet_transplant.data.task_dataset import choose_cases
+from nnunet_transplant.data.cases import Cases, choose_cases, open_cases, open_splits
+from nnunet_transplant.data.images import check_images
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import head_rows, origin
 from nnunet_transplant.labels import foreground_values, has_regions
@@ -156,27 +156,30 @@ def preprocessed(volumes: Volumes, model: TrainedModel) -> Iterator[tuple[np.nda
     the case has no label map, and the dataset's chosen cases."""
     if volumes.n_cases < 1:
         raise TransplantError(f"-n_cases must be at least 1, not {volumes.n_cases}")
+    volumes_of = [_choose(open_cases(dataset), volumes) for dataset in volumes.datasets]
+    for cases in volumes_of:
+        check_images({case: files["images"] for case, files in cases.files.items()}, cases.dataset_json["file_ending"],
+                     cases.dataset, "the model", model.plans, model.dataset_json)
     plans = PlansManager(model.plans)
     configuration = plans.get_configuration(model.configuration)
     if configuration.previous_stage_name is not None:
         raise TransplantError("methods that look at volumes cannot run the second stage of a cascade")
     preprocessor = configuration.preprocessor_class(verbose=False)
-    channels = model.dataset_json.get("channel_names", model.dataset_json.get("modality", {}))
-    for dataset in volumes.datasets:
-        cases = _choose(open_cases(dataset), volumes)
+    for cases in volumes_of:
         for case, files in cases.files.items():
-            if len(files["images"]) != len(channels):
-                raise TransplantError(f"the models take {len(channels)} channels, {case} of {cases.dataset} has "
-                                      f"{len(files['images'])}")
             labels = files["label"] if Path(files["label"]).is_file() else None
-            data, seg, _ = preprocessor.run_case(files["images"], labels, plans, configuration, cases.dataset_json)
+            try:
+                data, seg, _ = preprocessor.run_case(files["images"], labels, plans, configuration, cases.dataset_json)
+            except Exception as error:  # the readers and the resampling meet unfit images with any exception
+                raise TransplantError(f"nnU-Net cannot read and preprocess case {case} of {cases.dataset} "
+                                      f"({type(error).__name__}: {' '.join(str(error).split())})") from error
             yield np.asarray(data, np.float32), np.asarray(seg)[0] if labels else None, cases
 
 
 def _choose(cases: Cases, volumes: Volumes) -> Cases:
     names = list(cases.files)
     if volumes.cases is not None:
-        names = choose_cases(volumes.cases, names, open_splits(cases.dataset) or [])
+        names = choose_cases(volumes.cases, names, open_splits(cases.dataset))
     step = max(1.0, len(names) / volumes.n_cases)
     return cases.chosen([names[int(i * step)] for i in range(min(volumes.n_cases, len(names)))], labelled=False)
 

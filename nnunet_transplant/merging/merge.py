@@ -71,6 +71,7 @@ class Recipe:
     fit_head: fit the head of full resolution to what the ensemble of the models says of the volumes.
     polish: so many steps of AdamW at polish_lr towards what the ensemble of the models says of the volumes.
     share: shell patterns of the tensors that models share in the end, for `merge_shared`; the others are their own.
+    same_channels: image channels that are called differently are the same.
     """
     method: str = "average"
     weights: Sequence[float] | None = None
@@ -82,11 +83,12 @@ class Recipe:
     polish: int = 0
     polish_lr: float = 1e-3
     share: Sequence[str] = ()
+    same_channels: bool = False
 
 
-def merge_folders(model_paths: Sequence[Path], folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
-                  base: Path | None = None, recipe: Recipe = Recipe(), per_fold: bool = False,
-                  trust: bool = False, progress: bool = False) -> dict[str, MergedModel]:
+def merge_folders(model_paths: Sequence[Path | str], folds: Sequence[str] | None = None,
+                  checkpoint_name: str = CHECKPOINT, base: Path | str | None = None, recipe: Recipe = Recipe(),
+                  per_fold: bool = False, trust: bool = False, progress: bool = False) -> dict[str, MergedModel]:
     """Merge everything selected into one model, or with per_fold fold k of every model with fold k of the others.
 
     model_paths: trained model folders, checkpoints inside them or task vector files; folds as in `open_models`.
@@ -99,7 +101,7 @@ def merge_folders(model_paths: Sequence[Path], folds: Sequence[str] | None = Non
 
 
 def merge_groups(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = Recipe(),
-                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | None = None, per_fold: bool = False,
+                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | str | None = None, per_fold: bool = False,
                  progress: bool = False) -> dict[str, MergedModel]:
     """As `merge_folders`, of models that are open already; `base` only says where theta_0 was read."""
     if not per_fold:
@@ -113,7 +115,7 @@ def merge_groups(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = Reci
 
 
 def merge_models(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = Recipe(),
-                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | None = None,
+                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | str | None = None,
                  progress: bool = False) -> MergedModel:
     """Merge trained models into one network, in float32, keeping the stored types.
 
@@ -130,7 +132,7 @@ def merge_models(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = Reci
 
 
 def merge_shared(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe,
-                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | None = None,
+                 theta_0: dict[str, torch.Tensor] | None = None, base: Path | str | None = None,
                  progress: bool = False) -> dict[str, MergedModel]:
     """Models that share the tensors of `recipe.share`, merged, and keep the others, with their own heads and labels:
     such as one encoder for several tasks, each with its own decoder. What a model keeps reads the units of what they
@@ -175,7 +177,7 @@ class _Work:
                 self.weights = [1 / len(models)] * len(models)
             self.method.weights_rule.check(self.weights)
         self.check_data()
-        check_mergeable(models, same_base=self.method.align is None)
+        check_mergeable(models, same_base=self.method.align is None, channels=not recipe.same_channels)
         self.trainer = _common_trainer(models)
         self.joined = join(models, self.weights)
         if self.joined.rows is not None:
@@ -265,7 +267,7 @@ class _Work:
         return best
 
     def model(self, like: TrainedModel, tensors: dict[str, torch.Tensor], dataset_json: dict[str, Any],
-              mirroring_axes: tuple[int, ...] | None, base: Path | None) -> MergedModel:
+              mirroring_axes: tuple[int, ...] | None, base: Path | str | None) -> MergedModel:
         """The merged model with everything else as one of the models has it."""
         provenance = _provenance(self.recipe, self.settings, self.weights, self.group_of, self.models, base,
                                  self.theta_0, self.calibration, self.found)
@@ -370,7 +372,7 @@ def _common_axes(models: Sequence[TrainedModel]) -> tuple[int, ...] | None:
 
 
 def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[float], groups: Sequence[int],
-                models: Sequence[TrainedModel], base: Path | None, theta_0: dict[str, torch.Tensor] | None,
+                models: Sequence[TrainedModel], base: Path | str | None, theta_0: dict[str, torch.Tensor] | None,
                 calibration: Calibration | None, found: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that `repeat.read_merge` needs to do it again. weights: as given, None for the method's default."""
     method = find(recipe.method)
@@ -385,19 +387,20 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
         "stage_weights": None if recipe.stage_weights is None else list(recipe.stage_weights),
         "volumes": None if calibration is None else calibration.provenance(), "found": dict(found),
         "fit_head": recipe.fit_head, "polish": recipe.polish, "polish_lr": recipe.polish_lr,
-        "share": list(recipe.share),
-        "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
+        "share": list(recipe.share), "same_channels": recipe.same_channels,
+        "base": None if base is None else str(Path(base).resolve()), "theta_0_sha256": sha256,
         "inputs": [{"path": str(model.path.resolve()), "sha256": sha256, "fold": model.fold, "group": group,
                     "weight": weight, "structures": list(structures(model))}
                    for model, sha256, group, weight in zip(models, hashes, groups, weights, strict=True)]}
 
 
-def write_merge(merged: dict[str, MergedModel], output: Path, overwrite: bool = False) -> None:
+def write_merge(merged: dict[str, MergedModel], output: Path | str, overwrite: bool = False) -> None:
     """Write merged models, by fold, as one ordinary nnU-Net model folder: there whole or not at all.
 
     overwrite replaces a folder only if it was written by this function. Raises TransplantError for an existing one
     otherwise, OSError where the disk says so.
     """
+    output = Path(output)
     check_merge_output(output, overwrite)
     first = next(iter(merged.values()))
     with checkpoints.atomic_path(output, replace=overwrite) as folder:
@@ -412,8 +415,9 @@ def write_merge(merged: dict[str, MergedModel], output: Path, overwrite: bool = 
             _write_fold(model, fold, folder / f"fold_{fold}")
 
 
-def write_shared(models: Mapping[str, MergedModel], output: Path, overwrite: bool = False) -> None:
+def write_shared(models: Mapping[str, MergedModel], output: Path | str, overwrite: bool = False) -> None:
     """Write models that share a part as model folders side by side in one folder: all of them or none."""
+    output = Path(output)
     check_merge_output(output, overwrite)
     with checkpoints.atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()

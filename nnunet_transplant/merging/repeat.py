@@ -87,4 +87,5 @@ def _recipe(record: dict[str, Any]) -> Recipe:
             list(volumes["datasets"]), int(volumes["n_cases"]), volumes["cases"], str(volumes["device"])),
         fit_head=bool(record.get("fit_head", False)), polish=int(record.get("polish", 0)),
         polish_lr=float(record.get("polish_lr", 1e-3)),
-        share=[str(pattern) for pattern in record.get("share", [])])
+        share=[str(pattern) for pattern in record.get("share", [])],
+        same_channels=bool(record.get("same_channels", False)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from factory import base_network, small_plans, write_model, write_volumes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from nnunet_transplant.analysis.scoring import MergedNetwork, dice, open_labelled_cases
 from nnunet_transplant.errors import TransplantError
@@ -169,9 +170,20 @@ def test_cases_are_preprocessed_with_their_labels(dataset: Path, tmp_path: Path)
 
 
 def test_a_damaged_image_is_one_line(dataset: Path, tmp_path: Path) -> None:
-    (dataset / "imagesTr" / "case_1_0000.nii.gz").write_bytes(b"no image")
+    path = dataset / "imagesTr" / "case_1_0000.nii.gz"
+    path.write_bytes(b"no image")
     groups = tasks(tmp_path, {"background": 0, "one": 1})
-    with pytest.raises(TransplantError, match=f"cannot read and preprocess the cases of {DATASET}") as caught:
+    with pytest.raises(TransplantError, match=f"SimpleITKIO cannot read {path}") as caught:
         open_labelled_cases(DATASET, 0, groups[0][0])
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_cannot_be_preprocessed_is_one_line(dataset: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("one\ntwo")
+    monkeypatch.setattr(DefaultPreprocessor, "run_case", fail)
+    groups = tasks(tmp_path, {"background": 0, "one": 1})
+    with pytest.raises(TransplantError, match=f"preprocess case case_0 of {DATASET} .RuntimeError: one two"):
+        open_labelled_cases(DATASET, 0, groups[0][0])
     assert find_cases(DATASET, 0)

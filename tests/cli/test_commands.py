@@ -43,7 +43,7 @@ BAD = {
     "weights that do not sum to 1": (["-weights", "0.5", "0.6"], "must sum to 1"),
     "too few weights": (["-weights", "1"], "1 numbers for 2 models"),
     "parameter of another method": (["-density", "0.5"], "has no -density"),
-    "missing fold": (["-f", "3"], "there is no checkpoint"),
+    "missing fold": (["-f", "3"], "A has no fold_3/checkpoint_final.pth; it has fold_0/checkpoint_final.pth"),
     "missing base": (["-base", "/nowhere", "-method", "ties"], "there is no model folder"),
     "two names for one fold": (["--per_fold", "-out_fold", "1"], "-out_fold"),
 }

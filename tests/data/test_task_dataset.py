@@ -1,17 +1,13 @@
 """Parsing, label logic and splits of task datasets. The label logic is checked voxel by voxel against its definition
 and by nnU-Net's own LabelManager."""
-import json
 
 import numpy as np
 import pytest
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_transplant.data.task_dataset import (
-    choose_cases,
-    new_splits,
     parse_task,
     remap_labels,
-    splits_of_cases,
 )
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.labels import foreground_values, has_regions, task_labels
@@ -174,56 +170,3 @@ def test_same_voxels_twice_and_background_in_a_region_are_refused() -> None:
 def test_remap_refuses_undeclared_values(values: list[float], shown: str) -> None:
     with pytest.raises(TransplantError, match=shown):
         remap_labels(np.array([[values]], np.float32), {0: 0, 1: 1, 2: 0, 5: 2})
-
-
-CASES = [f"case_{i:02d}" for i in range(12)]
-
-
-def test_splits_of_chosen_cases() -> None:
-    splits = new_splits(CASES)
-    assert sorted(case for fold in splits for case in fold["val"]) == CASES
-    assert splits == new_splits(CASES[::-1])
-
-    without_one, new = splits_of_cases(splits, CASES[1:])
-    assert not new
-    for fold, parent_fold in zip(without_one, splits, strict=True):
-        assert fold == {part: [case for case in parent_fold[part] if case != CASES[0]] for part in ("train", "val")}
-
-    of_fold, new = splits_of_cases(splits, splits[0]["train"])  # leaves nothing to validate fold 0 on
-    assert new and of_fold == new_splits(splits[0]["train"])
-    for fold in of_fold:
-        assert not set(fold["train"]) & set(fold["val"])
-        assert sorted(fold["train"] + fold["val"]) == sorted(splits[0]["train"])
-
-    with pytest.raises(TransplantError, match="cannot split fewer than 5 cases"):
-        splits_of_cases(splits, splits[0]["val"])
-
-
-def test_choose_cases(tmp_path) -> None:
-    splits = new_splits(CASES)
-    lines, as_json = tmp_path / "cases.txt", tmp_path / "cases.json"
-    lines.write_text(f"{CASES[3]}\n\n {CASES[1]} \n{CASES[3]}\n")
-    as_json.write_text(json.dumps(CASES[:2]))
-    assert choose_cases(lines, CASES, splits) == [CASES[1], CASES[3]]
-    assert choose_cases(str(as_json), CASES, splits) == CASES[:2]
-    assert choose_cases("val:4", CASES, splits) == sorted(splits[4]["val"])
-    assert choose_cases("train:0", CASES, splits) == sorted(splits[0]["train"])
-    assert choose_cases(CASES[:3], CASES, splits) == CASES[:3]
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ("case_01\ncase_99\n", "1 of the chosen cases are not in the dataset: case_99"),
-    ("\n", "No case was chosen"),
-    ("[1, ", "starts like a JSON list"),
-])
-def test_choose_cases_refuses_a_file(tmp_path, text: str, message: str) -> None:
-    file = tmp_path / "cases.txt"
-    file.write_text(text)
-    with pytest.raises(TransplantError, match=message):
-        choose_cases(file, CASES, new_splits(CASES))
-
-
-@pytest.mark.parametrize(("cases", "message"), [("train:5", "has 5 folds"), ("missing.txt", "no file missing.txt")])
-def test_choose_cases_refuses(cases: str, message: str) -> None:
-    with pytest.raises(TransplantError, match=message):
-        choose_cases(cases, CASES, new_splits(CASES))

@@ -125,7 +125,8 @@ def test_cases_are_chosen_and_spread(tmp_path: Path, raw: Path) -> None:
 
 
 @pytest.mark.parametrize(("volumes", "message"), [
-    (Volumes([999]), "-d 999"), (Volumes([501], 0), "-n_cases"), (Volumes([501], 1, "train:3"), "folds"),
+    (Volumes([999]), "-d 999"), (Volumes([501], 0), "-n_cases"),
+    (Volumes([501], 1, "train:3"), "has no splits_final.json"),
     (Volumes([501], 1, "nowhere.txt"), "no file nowhere.txt")])
 def test_what_is_not_there_is_refused(tmp_path: Path, raw: Path, volumes: Volumes, message: str) -> None:
     model = write_model(tmp_path / "m", {"background": 0, "Liver": 1})

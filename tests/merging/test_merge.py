@@ -287,7 +287,9 @@ def refuse_missing(tmp: Path, base: torch.nn.Module) -> list[Path]:
 def refuse_other_trainer(tmp: Path, base: torch.nn.Module) -> list[Path]:
     model = write_model(tmp / "a")
     path = model / "fold_0" / "checkpoint_final.pth"
-    torch.save(torch.load(path, weights_only=False) | {"trainer_name": "nnUNetTrainerOfMine"}, path)
+    content = torch.load(path, weights_only=False) | {"trainer_name": "nnUNetTrainerOfMine"}
+    content["network_weights"]["attention"] = torch.ones(2)  # not the stock network
+    torch.save(content, path)
     return [model]
 
 

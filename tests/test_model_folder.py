@@ -1,0 +1,302 @@
+"""What is opened as a model, what is refused with which words, and which models can merge."""
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from factory import base_network, small_plans, write_model
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_transplant.errors import TransplantError, TransplantNote
+from nnunet_transplant.extract import extract
+from nnunet_transplant.merging import Recipe, merge_folders, write_merge
+from nnunet_transplant.model_folder import _TURNED, check_mergeable, open_models
+
+
+def changed(model: Path, fold: str = "0", **changes: Any) -> Path:
+    """The model with other entries in its checkpoint; a callable makes a new entry of the old one."""
+    path = model / f"fold_{fold}" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    torch.save(content | {key: value(content[key]) if callable(value) else value for key, value in changes.items()},
+               path)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is opened
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_ddp_and_compile_are_stripped(tmp_path: Path, prefix: str) -> None:
+    plain, wrapped = (write_model(tmp_path / name, seed=3) for name in ("plain", "wrapped"))
+    changed(wrapped, network_weights=lambda weights: {prefix + name: tensor for name, tensor in weights.items()})
+    (one,), (other,) = open_models(plain), open_models(wrapped)
+    assert list(one.state_dict()) == list(other.state_dict())
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+
+
+def test_prefixes_stay_where_names_do_not_all_fit_then(tmp_path: Path) -> None:
+    model = changed(write_model(tmp_path / "model"), network_weights=lambda weights: {
+        f"module.{name}": tensor for name, tensor in weights.items()} | {"module.more": torch.ones(1)})
+    with pytest.raises(TransplantError, match="does not fit the network of its plans.json"):
+        open_models(model)
+
+
+def test_a_trainer_that_nobody_has_is_taken_for_stock_where_the_network_is(tmp_path: Path) -> None:
+    model = changed(write_model(tmp_path / "model"), trainer_name="nnUNetTrainerOfSomebody")
+    with pytest.warns(TransplantNote, match="does not find the trainer nnUNetTrainerOfSomebody of .*model; its tensors "
+                                            "are those of the stock network"):
+        (opened,) = open_models(model)
+    assert opened.trainer is nnUNetTrainer
+    changed(model, network_weights=lambda weights: weights | {"more": torch.ones(1)})
+    with pytest.raises(TransplantError, match="does not find the trainer 'nnUNetTrainerOfSomebody'"):
+        open_models(model)
+
+
+def test_the_note_is_one_line_of_a_command(tmp_path: Path, run: Callable) -> None:
+    for fold in "01":
+        changed(write_model(tmp_path / "model", fold=fold), fold, trainer_name="nnUNetTrainerOfSomebody")
+    status, _, err = run("merge", "-m", tmp_path / "model", "-o", tmp_path / "merged")
+    assert status == 0
+    assert err.startswith("note: nnU-Net does not find the trainer nnUNetTrainerOfSomebody") and err.count("\n") == 1
+    content = torch.load(tmp_path / "merged" / "fold_all" / "checkpoint_final.pth", weights_only=False)
+    assert content["trainer_name"] == "nnUNetTrainer"
+
+
+def test_a_task_vector_of_such_a_trainer(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", base=base_network())
+    file = tmp_path / "model" / "tau.safetensors"
+    extract(model, file)
+    changed_file = file.read_bytes().replace(b'nnUNetTrainer\\"', b'nnUNetTraineR\\"')
+    assert len(changed_file) == file.stat().st_size and changed_file != file.read_bytes()
+    file.write_bytes(changed_file)
+    with pytest.warns(TransplantNote, match="trainer nnUNetTraineR"):
+        (opened,) = open_models(file)
+    assert opened.trainer is nnUNetTrainer
+
+
+@pytest.mark.parametrize("axes", [(np.int64(0), np.int64(2)), [np.int32(2), np.int32(0)], (0, 2)])
+def test_axes_of_numpy_are_axes(tmp_path: Path, axes: Any) -> None:
+    model = changed(write_model(tmp_path / "model"), inference_allowed_mirroring_axes=axes)
+    opened = open_models(model)[0].mirroring_axes
+    assert opened is not None and sorted(opened) == [0, 2] and {type(axis) for axis in opened} == {int}
+
+
+@pytest.mark.parametrize("axes", [(True,), (3,), (0.0,), ("0",), (np.float32(1),)])
+def test_what_is_no_axis_is_refused(tmp_path: Path, axes: Any) -> None:
+    model = changed(write_model(tmp_path / "model"), inference_allowed_mirroring_axes=axes)
+    with pytest.raises(TransplantError, match="are no axes of an image"):
+        open_models(model)
+
+
+def test_paths_may_be_strings(tmp_path: Path) -> None:
+    base = base_network()
+    models = [str(write_model(tmp_path / name, {"background": 0, name: 1}, base=base, seed=i))
+              for i, name in enumerate("ab")]
+    theta_0 = str(next((tmp_path / "a").glob("theta_0*")))
+    write_merge(merge_folders(models, base=theta_0, recipe=Recipe("ties")), str(tmp_path / "merged"))
+    assert open_models(str(tmp_path / "merged"))[0].fold == "all"
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert record["folds"]["all"]["base"] == theta_0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+def only_best(folder: Path) -> None:
+    (folder / "fold_0" / "checkpoint_final.pth").rename(folder / "fold_0" / "checkpoint_best.pth")
+
+
+def of_version_1(folder: Path) -> None:
+    (folder / "plans.json").unlink()
+    (folder / "fold_0" / "checkpoint_final.pth").rename(folder / "fold_0" / "model_final_checkpoint.model")
+    (folder / "plans.pkl").touch()
+
+
+def one_level_up(folder: Path) -> None:
+    inside = folder / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    inside.mkdir()
+    for path in list(folder.iterdir()):
+        if path != inside:
+            path.rename(inside / path.name)
+
+
+UNTRUE = {only_best: r"not a trained .*: it has no fold_X/checkpoint_final.pth, only fold_0/checkpoint_best.pth: give "
+                     r"-chk checkpoint_best.pth, or that file",
+          of_version_1: "is a model of nnU-Net v1",
+          one_level_up: "Give one of the models in it: nnUNetTrainer__nnUNetPlans__3d_fullres"}
+
+
+@pytest.mark.parametrize("change", UNTRUE, ids=lambda change: change.__name__)
+def test_what_is_there_is_said(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    model = write_model(tmp_path / "model")
+    change(model)
+    with pytest.raises(TransplantError, match=UNTRUE[change]) as raised:
+        open_models(model)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_suggested_works(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    only_best(model)
+    assert open_models(model, checkpoint_name="checkpoint_best.pth")[0].fold == "0"
+    assert open_models(model / "fold_0" / "checkpoint_best.pth")[0].fold == "0"
+    with pytest.raises(TransplantError, match="has no fold_0/checkpoint_final.pth, only fold_0/checkpoint_best.pth"):
+        open_models(model, ["0"])
+
+
+def test_a_missing_fold_names_those_that_are_there(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    with pytest.raises(TransplantError, match="has no fold_3/checkpoint_final.pth; it has fold_0/checkpoint_fin"):
+        open_models(model, ["0", "3"])
+
+
+def test_an_archive_is_to_be_installed(tmp_path: Path) -> None:
+    (tmp_path / "model.zip").touch()
+    with pytest.raises(TransplantError, match="nnUNetv2_install_pretrained_model_from_zip"):
+        open_models(tmp_path / "model.zip")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which models can merge
+
+def pair(tmp_path: Path, change: Callable[[dict], object], **dataset: Any) -> list:
+    """Two folds of one base, the second with other plans."""
+    plans = small_plans()
+    change(plans)
+    base = base_network()
+    one = write_model(tmp_path / "one", base=base)
+    other = write_model(tmp_path / "other", base=base, plans=plans, **dataset)
+    return [open_models(one)[0], open_models(other)[0]]
+
+
+@pytest.mark.parametrize(("names", "same"), [
+    ({"0": "mri"}, True), ({"0": "MRI "}, True), ({"0": "T1"}, False), ({"0": "CT"}, False)])
+def test_channel_names(tmp_path: Path, names: dict[str, str], same: bool) -> None:
+    models = pair(tmp_path, lambda _: None, channel_names=names)
+    if same:
+        check_mergeable(models)
+        return
+    with pytest.raises(TransplantError, match=r"(?s)channels: \['MRI'\] .*If these channels are the same, pass "
+                                              "--same_channels"):
+        check_mergeable(models)
+    check_mergeable(models, channels=False)
+
+
+def test_same_channels_is_recorded_and_repeated(tmp_path: Path, run: Callable) -> None:
+    models = [model.folder for model in pair(tmp_path, lambda _: None, channel_names={"0": "T1"})]
+    status, _, err = run("merge", "-m", *models, "-o", tmp_path / "merged")
+    assert status == 1 and "--same_channels" in err
+    assert run("merge", "-m", *models, "-o", tmp_path / "merged", "--same_channels")[0] == 0
+    assert run("merge", "-from", tmp_path / "merged", "-o", tmp_path / "again")[0] == 0
+    both = [(tmp_path / name / "fold_all" / "checkpoint_final.pth").read_bytes() for name in ("merged", "again")]
+    assert both[0] == both[1]
+
+
+def test_more_channels_of_other_names_are_no_matter_of_names(tmp_path: Path) -> None:
+    models = [open_models(write_model(tmp_path / name, channel_names=names))[0]
+              for name, names in (("one", {"0": "MRI"}), ("two", {"0": "T1", "1": "T2"}))]
+    with pytest.raises(TransplantError) as raised:
+        check_mergeable(models)
+    assert "--same_channels" not in str(raised.value)
+
+
+def test_readers_that_agree_are_those_that_read_the_same(tmp_path: Path) -> None:
+    """A file whose axes run against RAS and LPS, read by every reader of volumes."""
+    voxels = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
+    image = SimpleITK.GetImageFromArray(voxels)
+    image.SetSpacing((1.0, 2.0, 3.0))
+    path = str(tmp_path / "image.nii.gz")
+    for direction in ((0, 1, 0, -1, 0, 0, 0, 0, -1), (1, 0, 0, 0, 1, 0, 0, 0, 1)):
+        image.SetDirection(tuple(map(float, direction)))
+        SimpleITK.WriteImage(image, path)
+        read = {name: recursive_find_reader_writer_by_name(name)().read_images([path]) for name in _TURNED}
+        for one, other in itertools.combinations(_TURNED, 2):
+            equal = read[one][0].shape == read[other][0].shape and np.array_equal(read[one][0], read[other][0])
+            assert equal == (_TURNED[one] == _TURNED[other]), (one, other)
+            if equal:
+                np.testing.assert_allclose(read[one][1]["spacing"], read[other][1]["spacing"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("reader", "merges"), [
+    ("SimpleITKIO", True), ("NibabelIO", True), ("NibabelIOWithReorient", False), ("SimpleITKIOWithReorient", False),
+    ("Tiff3DIO", False), ("ReaderOfSomebody", False)])
+def test_readers(tmp_path: Path, reader: str, merges: bool) -> None:
+    models = pair(tmp_path, lambda plans: plans.update(image_reader_writer=reader))
+    if merges:
+        check_mergeable(models)
+    else:
+        with pytest.raises(TransplantError, match=f"image_reader_writer: SimpleITKIO | {reader}"):
+            check_mergeable(models)
+
+
+def of_configuration(**changes: Any) -> Callable[[dict], None]:
+    return lambda plans: plans["configurations"]["3d_fullres"].update(changes)
+
+
+def of_network(**changes: Any) -> Callable[[dict], None]:
+    return lambda plans: plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(changes)
+
+
+SAME = {"batch_size": of_configuration(batch_size=7), "patch_size": of_configuration(patch_size=[32, 32, 32]),
+        "batch_dice": of_configuration(batch_dice=True), "data_identifier": of_configuration(data_identifier="other"),
+        "export": of_configuration(resampling_fn_probabilities_kwargs={"is_seg": False, "order": 0}),
+        "name": lambda plans: plans.update(plans_name="mine", dataset_name="Dataset001_Mine"),
+        "statistics without CT": lambda plans: plans.update(
+            foreground_intensity_properties_per_channel={"0": {"mean": 7}}),
+        "inplace": of_network(nonlin_kwargs={"inplace": False})}
+OTHER = {"spacing": of_configuration(spacing=[1, 1, 2]), "order": of_configuration(
+             resampling_fn_data_kwargs={"is_seg": False, "order": 1}),
+         "mask": of_configuration(use_mask_for_norm=[True]),
+         "normalisation": of_configuration(normalization_schemes=["RescaleTo01Normalization"]),
+         "transposed": lambda plans: plans.update(transpose_forward=[2, 0, 1], transpose_backward=[1, 2, 0]),
+         "nonlinearity": of_network(nonlin="torch.nn.ReLU"), "slope": of_network(nonlin_kwargs={"negative_slope": 0.3}),
+         "epsilon": of_network(norm_op_kwargs={"eps": 0.1, "affine": True})}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_changes_no_number_merges(tmp_path: Path, name: str) -> None:
+    check_mergeable(pair(tmp_path, SAME[name]))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_changes_numbers_does_not(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TransplantError, match="cannot merge; they differ in"):
+        check_mergeable(pair(tmp_path, OTHER[name]))
+
+
+@pytest.mark.parametrize("scheme", ["CTNormalization", "NormalizationOfSomebody"])
+def test_statistics_count_where_a_normalisation_may_use_them(tmp_path: Path, scheme: str) -> None:
+    models = []
+    for name, mean in (("one", 1.0), ("other", 2.0)):
+        plans = small_plans()
+        plans["configurations"]["3d_fullres"]["normalization_schemes"] = [scheme]
+        plans["foreground_intensity_properties_per_channel"] = {"0": {"mean": mean}}
+        models.append(open_models(write_model(tmp_path / name, plans=plans))[0])
+    with pytest.raises(TransplantError, match="CT intensity statistics"):
+        check_mergeable(models)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What others can read
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_says(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        model = write_model(tmp_path / "model", base=base_network())
+        extract(model, tmp_path / "tau.safetensors")
+        write_merge(merge_folders([model]), tmp_path / "merged")
+    finally:
+        os.umask(before)
+    written = [tmp_path / "tau.safetensors", *model.glob("theta_0*"), *(tmp_path / "merged").rglob("*")]
+    assert len(written) > 6
+    for path in written:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
