@@ -145,6 +145,11 @@ def write_narrow_plans(path: Path, *configurations: str, residual: bool = False)
     path.write_text(json.dumps(plans))
 
 
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
 def run_command(name: str, *args: object, expect: int = 0) -> subprocess.CompletedProcess:
     """An installed command of nnU-Net or of ours, as a user runs it. Checks its exit status."""
     program = Path(sys.executable).with_name(name)

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import SimpleITK
 import torch
 from commands import fork_command
-from factory import base_network, small_plans, write_model
+from factory import base_network, small_plans, write_model, write_volumes
+
+from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.prediction import predictor
 
 COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "interference", "flatness",
             "sweep", "landscape", "report", "demo")
@@ -78,6 +82,59 @@ def test_predict_refuses_in_one_line(tmp_path: Path, models: list[Path], run: Ca
         status, _, err = run("predict", "-m", *models, "-o", output, "-device", "cpu", *arguments)
         assert status == 1 and message in err and err.count("\n") == 1
         assert not output.exists()
+
+
+def cascade(folder: Path) -> Path:
+    """A second stage, whose input is the image and the labels of the first."""
+    plans = small_plans()
+    fullres = plans["configurations"]["3d_fullres"]
+    plans["configurations"] = {"3d_cascade_fullres": fullres | {"previous_stage": "3d_lowres"},
+                               "3d_lowres": fullres | {"next_stage": "3d_cascade_fullres"}}
+    plans["foreground_intensity_properties_per_channel"] = {"0": {"mean": 0.0, "std": 1.0}}
+    return write_model(folder, plans=plans)
+
+
+def test_predict_looks_for_the_previous_stage_first(tmp_path: Path, run: Callable, nnunet_folders: None) -> None:
+    images = write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "one": 1, "two": 2}, 3) / "imagesTr"
+    labels = images.with_name("labelsTr")
+    output = tmp_path / "out"
+    arguments = ["-i", images, "-m", cascade(tmp_path / "model"), "-o", output, "-device", "cpu", "-npp", 0, "-nps", 0]
+    (labels / "case_1.nii.gz").rename(tmp_path / "case_1.nii.gz")
+    for more, message in (([], "give -prev_stage_predictions"),
+                          (["-prev_stage_predictions", tmp_path / "nowhere"], f"there is no folder {tmp_path}/nowhere"),
+                          (["-prev_stage_predictions", labels], f"{labels} has no case_1.nii.gz: predict")):
+        status, _, err = run("predict", *arguments, *more)
+        assert status == 1 and message in err and err.count("\n") == 1
+        assert not output.exists()
+    part = ["-num_parts", 3, "-part_id", 2]  # which is not waiting for the missing one
+    assert run("predict", *arguments, "-prev_stage_predictions", labels, *part)[0] == 0
+    assert [path.name for path in output.glob("case_*")] == ["case_2.nii.gz"]
+    (tmp_path / "case_1.nii.gz").rename(labels / "case_1.nii.gz")
+    assert run("predict", *arguments, "-prev_stage_predictions", labels)[0] == 0
+    assert len(list(output.glob("case_*"))) == 3
+
+
+def test_a_merge_of_each_fold_repeats_in_one_line_or_as_an_ensemble(tmp_path: Path, run: Callable,
+                                                                    nnunet_folders: None) -> None:
+    base, plans = base_network(), small_plans()
+    plans["foreground_intensity_properties_per_channel"] = {"0": {"mean": 0.0, "std": 1.0}}
+    for fold in "01":
+        for seed, name in enumerate("AB"):
+            write_model(tmp_path / name, {"background": 0, name: 1}, base=base, seed=10 * int(fold) + seed, fold=fold,
+                        plans=plans)
+    merged = tmp_path / "merged"
+    assert run("merge", "-m", tmp_path / "A", tmp_path / "B", "--per_fold", "-o", merged)[0] == 0
+    status, _, err = run("merge", "-from", merged, "-out_fold", 0, "-o", tmp_path / "again")
+    assert status == 1 and "that earlier merge has several: 0 1" in err and err.count("\n") == 1
+    images = write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "A": 1, "B": 2}, 1) / "imagesTr"
+    look = ["-i", images, "-device", "cpu", "-npp", 0, "-nps", 0]
+    assert run("predict", *look, "-from", merged, "-o", tmp_path / "ours")[0] == 0
+    stock = predictor(open_models(merged), torch.device("cpu"), progress_bar=False)
+    (tmp_path / "stock").mkdir()
+    stock.predict_from_files_sequential(str(images), str(tmp_path / "stock"))
+    ours, theirs = (SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(tmp_path / name / "case_0.nii.gz"))
+                    for name in ("ours", "stock"))
+    assert (ours == theirs).all() and ours.any()
 
 
 @pytest.mark.slow

@@ -20,7 +20,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_transplant.cli.split_tasks import main
-from nnunet_transplant.data.task_dataset import TaskSplit, new_splits, split_tasks
+from nnunet_transplant.data import task_dataset
+from nnunet_transplant.data.cases import new_splits
+from nnunet_transplant.data.task_dataset import TaskSplit, split_tasks
 from nnunet_transplant.errors import TransplantError
 
 pytestmark = pytest.mark.slow
@@ -319,6 +321,43 @@ def test_chosen_cases(scratch: Path, tmp_path: Path) -> None:
         assert splits == new_splits(task.cases)
 
 
+def test_a_parent_of_somebody_else_is_only_read(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be written to its folders; that its folds are not offered to it is said and harms nothing."""
+    splits_file = scratch / "preprocessed" / PARENT / "splits_final.json"
+
+    def refuse(path: Path, replace: bool = False) -> Iterator[Path]:
+        assert PARENT in str(path)
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(task_dataset, "atomic_path", refuse)
+    made = split(PARENT, ["Tail=Posterior"], [901])
+    assert_task_datasets(scratch, made, PARENT, tmp_path)
+    assert made.notes == [f"{PARENT} had no splits_final.json: made nnU-Net's own five folds."]
+    assert not splits_file.exists()
+
+
+@pytest.mark.parametrize("content", ['{"train": [], "val": []}', "[]", '[{"train": ["a"]}]', "[", ""])
+def test_folds_written_by_hand_are_checked_first(scratch: Path, content: str) -> None:
+    splits_file = scratch / "preprocessed" / PARENT / "splits_final.json"
+    splits_file.write_text(content)
+    before = listing(scratch)
+    with pytest.raises(TransplantError, match=str(splits_file)) as raised:
+        split(PARENT, ["Tail=Posterior"], [901])
+    assert "\n" not in str(raised.value) and listing(scratch) == before
+
+
+def test_folds_with_unknown_cases(scratch: Path, tmp_path: Path) -> None:
+    """A training of the task would not find them. Chosen cases are taken out of the folds by themselves."""
+    cases = sorted(file.name.removesuffix(".nii.gz") for file in (scratch / "raw" / PARENT / "labelsTr").iterdir())
+    splits_file = scratch / "preprocessed" / PARENT / "splits_final.json"
+    folds = [{"train": [*cases[:4], "gone"], "val": [*cases[4:], "gone_too"]}]
+    splits_file.write_text(json.dumps(folds))
+    with pytest.raises(TransplantError, match="has 2 cases that the dataset does not have: gone, gone_too"):
+        split(PARENT, ["Tail=Posterior"], [901])
+    made = split(PARENT, ["Tail=Posterior"], [901], cases=cases)
+    assert load_json(str(made.tasks[0].preprocessed_folder / "splits_final.json")) == [
+        {"train": cases[:4], "val": cases[4:]}]
+
+
 REFUSED = {
     "taken by a preprocessed dataset": ({"ids": [5]}, "id 5 is taken by Dataset005_Regions"),
     "the parent's id": ({"ids": [4]}, f"id 4 is that of {PARENT} itself"),
@@ -328,11 +367,11 @@ REFUSED = {
     "ids twice": ({"tasks": ["A=1", "B=2"], "ids": [901, 901]}, "same id: 901"),
     "names twice": ({"tasks": ["A=1", "A=2"], "ids": [901, 902]}, "same name: A"),
     "unknown label": ({"tasks": ["A=liver"]}, "no label 'liver'"),
-    "unknown dataset": ({"dataset": 77}, "No dataset '77'"),
-    "unknown dataset name": ({"dataset": "Dataset077_None"}, "no dataset Dataset077_None in nnUNet_raw"),
-    "not a dataset name": ({"dataset": "Hippocampus"}, "No dataset 'Hippocampus'"),
+    "unknown dataset": ({"dataset": 77}, "-d 77: Could not find"),
+    "unknown dataset name": ({"dataset": "Dataset077_None"}, "nnUNet_raw has no dataset Dataset077_None"),
+    "not a dataset name": ({"dataset": "Hippocampus"}, "-d Hippocampus: "),
     "unknown plans": ({"plans_name": "Other"}, "nnUNetv2_plan_and_preprocess -d 4"),
-    "unknown plans dataset": ({"plans_from": 77}, "No dataset '77'"),
+    "unknown plans dataset": ({"plans_from": 77}, "-plans_from 77: Could not find"),
     "unknown case": ({"cases": ["nobody"]}, "not in the dataset: nobody"),
     "too few cases": ({"cases": "val:0"}, "cannot split fewer than 5 cases"),
 }
