@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -14,6 +13,7 @@ from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import Layout, check_plans, find_trainer, layout
 from nnunet_transplant.errors import TransplantError, note
 from nnunet_transplant.labels import channel_names, check_dataset_json, same_channels
+from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.task_vector import (
     RECORD,
     Header,

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import bare, canonical_names, changes_network, layout
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.task_vector import RECORD, read_theta_0, theta_0_path, write_theta_0
 
 TASK_EPOCHS, TASK_HEAD_EPOCHS = 10, 2

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import fx, nn
@@ -13,6 +12,7 @@ from torch import fx, nn
 from nnunet_transplant.architecture import build_network, changes_network
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.model_folder import TrainedModel
+from nnunet_transplant.nnunet import nnUNetTrainer
 
 
 def trace(network: nn.Module, shape: Sequence[int]) -> Any:

@@ -67,7 +67,7 @@ def align_many(similarity: np.ndarray, models: int, blocks: int = 1, rigid: bool
     return [permutation[first] for permutation in permutations]
 
 
-def zip_units(similarity: np.ndarray, models: int, decay: float = 0.5, budget: float = 0.125, keep: int | None = None,
+def zip_units(similarity: np.ndarray, models: int, decay: float = 0.5, budget: float = 1.0, keep: int | None = None,
               blocks: int = 1, rigid: bool = False) -> np.ndarray:
     """The merged unit 0 ... keep - 1 (keep: D unless told) of every unit of all models: (N D,), int64, of a symmetric
     matrix (N D, N D).
@@ -77,10 +77,11 @@ def zip_units(similarity: np.ndarray, models: int, decay: float = 0.5, budget: f
     Of equally similar pairs i < j the one with the smallest i is joined, then with the smallest j: the numbers of the
     units' smallest members, whose order is also that of the merged units.
 
-    Two units that come from one and the same model alone (all their members do) are joined only within the model's
-    budget (the paper's beta): int((N D - keep) / N budget + 1e-4) such joins. Once it is used up such pairs are passed
-    over, but their similarities still count in units joined later: a unit of several models is barred from nothing.
-    So with two models or more some pair is left to join, down to keep = 1. A single model has no other pairs: no limit.
+    A join is one inside a model where both of its units hold units of that model; it is one inside each such model.
+    Each model has a budget of them (the paper's beta): int((N D - keep) / N budget + 1e-4). Where it is used up, pairs
+    that would make a further one are passed over, so that with budget 0 no two units of a model meet, and a zip to D is
+    a matching. With three models or more, a keep below D or a single model, it can come to where every pair left is
+    such a pair: then the most similar of those are joined that go over the budgets of the fewest models.
 
     With blocks this is group zip (Sec. 3.3): align_many, to the mean, says which blocks belong together, and the units
     of each set of blocks are zipped by themselves, D / blocks of them kept: merged units lie in blocks as the first
@@ -161,27 +162,28 @@ def _zip(similarity: np.ndarray, models: int, decay: float, budget: float, keep:
     count = len(similarity)
     merged = np.arange(count)  # of every unit, the smallest member of the unit that it is part of
     alive = np.ones(count, bool)
-    model = np.repeat(np.arange(models), count // models)  # -1: of several models
-    joins_left = np.full(models, count if models == 1 else int((count - keep) / models * budget + 1e-4))
+    holds = np.repeat(np.eye(models, dtype=bool), count // models, axis=0)  # units of which models a unit holds
+    joins_left = np.full(models, int((count - keep) / models * budget + 1e-4))
+    over = 0  # of how many models a join may go over the budget. It never falls: units only come to hold more models
     # Not less than the similarity of unit i to the most similar j > i. Exact values cost a search of a row each; this
     # way only rows that come up as the most similar are searched, once or twice for a join and not all of them.
     bound = np.full(count, np.inf)
-    bound[-1] = -np.inf
     for _ in range(count - keep):
         while True:
             i = int(bound.argmax())  # the first of equals: no row before it reaches this bound
-            allowed = alive[i + 1:]
-            if model[i] >= 0 and joins_left[model[i]] <= 0:
-                allowed = allowed & (model[i + 1:] != model[i])
+            if bound[i] == -np.inf:
+                over, bound = over + 1, np.where(alive, np.inf, -np.inf)
+                continue
+            spent = holds[i] & (joins_left <= 0)
+            allowed = alive[i + 1:] & (holds[i + 1:, spent].sum(1) <= over)
             row = np.where(allowed, similarity[i, i + 1:], -np.inf)
-            j = i + 1 + int(row.argmax())
-            if row[j - i - 1] == bound[i]:
+            best = row.max(initial=-np.inf)
+            if best == bound[i]:
                 break
-            bound[i] = row[j - i - 1]
-        if model[i] != model[j]:
-            model[i] = -1
-        elif model[i] >= 0:
-            joins_left[model[i]] -= 1
+            bound[i] = best
+        j = i + 1 + int(row.argmax())
+        joins_left -= holds[i] & holds[j]
+        holds[i] |= holds[j]
         alive[j] = False
         merged[merged == j] = i
         joined = decay * np.minimum(similarity[i], similarity[j])

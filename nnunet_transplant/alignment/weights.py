@@ -52,18 +52,15 @@ class WeightSimilarity:
         self.around = spec.by_tensor()
         self.segments = {name: [s for s in group.segments if s.counts and s.tensor not in skip
                                 and s.tensor in self.networks[0]] for name, group in spec.groups.items()}
-        self.scales = {(segment.tensor, segment.axis, segment.start): self._scale(group, segment)
-                       for name, group in spec.groups.items() for segment in self.segments[name]}
+        self.means = {(segment.tensor, segment.axis, segment.start): self._mean(group, segment)
+                      for name, group in spec.groups.items() for segment in self.segments[name]}
         self.kept: dict[tuple, dict[tuple[int, int], tuple]] = {}
 
-    def _scale(self, group: Group, segment: Segment) -> tuple[float, float]:
-        """What to subtract from and divide a segment's entries by: weights get a mean length of 1 over the units of
-        all models; numbers, one for each unit, are compared by how they differ from their mean."""
-        values = [self._part(network[segment.tensor], group, segment) for network in self.networks]
-        if values[0].shape[1] == 1:
-            return float(torch.cat(values).mean()), 1.0
-        length = float(torch.cat([value.square().sum(1) for value in values]).mean().sqrt())
-        return 0.0, length or 1.0
+    def _mean(self, group: Group, segment: Segment) -> float:
+        """What to subtract from a segment's entries: numbers, one for each unit (a norm's scales, all near 1), are
+        compared by how they differ from their mean over all models; weights as they are."""
+        values = torch.cat([self._part(network[segment.tensor], group, segment) for network in self.networks])
+        return float(values.mean()) if values.shape[1] == 1 else 0.0
 
     @staticmethod
     def _part(tensor: torch.Tensor, group: Group, segment: Segment) -> torch.Tensor:
@@ -71,14 +68,14 @@ class WeightSimilarity:
         return part.movedim(segment.axis, 0).reshape(group.size, -1)
 
     def _rows(self, group: Group, segment: Segment, model: int, assignments: Assignments) -> torch.Tensor:
-        """(D, features): one segment of Z, before it is divided by its length."""
+        """(D, features): one segment of Z."""
         tensor = self.networks[model][segment.tensor]
         for other, there in self.around[segment.tensor]:
             if there.axis != segment.axis:
                 tensor = move(tensor, other, there, assignments[other.name][model])
         rows = self._part(tensor, group, segment)
-        shift, _ = self.scales[segment.tensor, segment.axis, segment.start]
-        return rows - shift if shift else rows
+        mean = self.means[segment.tensor, segment.axis, segment.start]
+        return rows - mean if mean else rows
 
     def _products(self, group: Group, segment: Segment, pairs: Sequence[tuple[int, int]],
                   assignments: Assignments) -> list[tuple]:
@@ -91,12 +88,11 @@ class WeightSimilarity:
         key = segment.tensor, segment.axis, segment.start
         kept = self.kept.setdefault(key, {})
         stale = [pair for pair in pairs if pair not in kept or kept[pair][0] != neighbours(pair)]
-        _, length = self.scales[key]
         rows = {n: self._rows(group, segment, n, assignments) for n in sorted({n for pair in stale for n in pair})}
-        sums = {n: row.sum(1) / length for n, row in rows.items()}
-        squares = {n: (torch.linalg.vector_norm(row, dim=1) / length).square() for n, row in rows.items()}
+        sums = {n: row.sum(1) for n, row in rows.items()}
+        squares = {n: row.square().sum(1) for n, row in rows.items()}
         for one, other in stale:
-            product = (rows[one] @ rows[other].T / length ** 2, sums[one], sums[other], squares[one], squares[other],
+            product = (rows[one] @ rows[other].T, sums[one], sums[other], squares[one], squares[other],
                        rows[one].shape[1])
             kept[one, other] = neighbours((one, other)), product
         return [kept[pair][1] for pair in pairs]

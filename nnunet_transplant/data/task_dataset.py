@@ -287,7 +287,8 @@ def _check_ids(tasks: Sequence[Task], ids: Sequence[int], parent: str) -> None:
 def _open_source(given: int | str | Path, plans_name: str | None, parent: Path, trust: bool) -> _Source:
     """parent: the preprocessed folder of the dataset that is split."""
     path = Path(str(given))
-    if len(path.parts) > 1 or (path / "plans.json").is_file():
+    may_be_dataset = re.fullmatch(r"Dataset\d{3}_[^/]+|\d+", str(given))
+    if (path / "plans.json").is_file() or (not may_be_dataset and (path.exists() or len(path.parts) > 1)):
         return _model_source(path, plans_name, parent, trust)
     return _dataset_source(dataset_name(str(given), "-plans_from"), plans_name or "nnUNetPlans")
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_transplant.alignment.activations import activation_similarity
 from nnunet_transplant.alignment.dual import Solver, aligned, match, zipped
@@ -17,6 +16,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging.calibration import Calibration
 from nnunet_transplant.merging.registry import METHODS, SEED, Method, Parameter, WeightsRule, any_weights, register
 from nnunet_transplant.model_folder import TrainedModel
+from nnunet_transplant.nnunet import nnUNetTrainer
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,17 @@ def put_together(given: Unaligned, calibration: Calibration | None, solver: Solv
     if spec is None:
         spec = network_spec(first, given.trainer)
         spec = given.kept["spec"] = spec if given.shared is None else restricted(spec, given.shared)
-    heads = frozenset(first.layout.heads)
+    skip = untrained_heads(spec.program) if given.same_labels else frozenset(first.layout.heads)
+    if given.shared is not None:  # what models keep to themselves need not fit together
+        skip |= frozenset(first.layout.names) - given.shared
     activations = None
     if alpha < 1:
         activations = given.kept.get("activations")
         if activations is None:
             activations = given.kept["activations"] = _activations(given, calibration, spec)
     options = {} if patience is None else {"patience": patience}
-    matching = match(spec, given.tensors, solver, alpha, activations, seed,
-                     skip=untrained_heads(spec.program) if given.same_labels else heads, pearson=pearson,
-                     progress=given.progress, **options)
+    matching = match(spec, given.tensors, solver, alpha, activations, seed, skip, pearson, progress=given.progress,
+                     **options)
     tensors = [moved(network, spec, matching.assignments, i) for i, network in enumerate(given.tensors)]
     return Aligned(tensors, {"alpha": alpha, "similarity": round(matching.similarity, 6), "sweeps": matching.sweeps})
 
@@ -124,7 +125,7 @@ ALPHA = Parameter("alpha", 0.5, "how much the weights count beside the activatio
 SEARCH = Parameter("search", "no", "try alpha from 0 to 1: for the best Dice on labelled cases, or for the best "
                                    "agreement with the ensemble of the models", choices=("no", "dice", "agreement"))
 ZIP = (Parameter("decay", 0.5, "factor of the similarities of units that are merged already, the paper's a", 0.0, 1.0),
-       Parameter("budget", 0.125, "share of a model's joins that may be of its own units, the paper's b", 0.0, 1.0))
+       Parameter("budget", 1.0, "share of the joins that may be inside a model, the paper's b; 0: none", 0.0, 1.0))
 REBASIN = "Git Re-Basin: Merging Models modulo Permutation Symmetries, Ainsworth et al., ICLR 2023"
 ZIPIT = "ZipIt! Merging Models from Different Tasks without Training, Stoica et al., ICLR 2024"
 MUDSC = "Training-Free Pretrained Model Merging, Xu et al., CVPR 2024"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import head_rows, origin
 from nnunet_transplant.labels import foreground_values, has_regions
 from nnunet_transplant.model_folder import TrainedModel
+from nnunet_transplant.nnunet import nnUNetTrainer
 
 IGNORED = -1  # in targets: voxels of the dataset's ignore label
 

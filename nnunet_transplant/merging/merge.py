@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import changes_network
@@ -42,6 +41,7 @@ from nnunet_transplant.model_folder import (
     open_models,
     open_theta_0,
 )
+from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.plotting import save_inputs_figure
 
 SAME_BASE_COSINE = 0.5  # fine-tuned siblings lie above 0.9, independently trained networks near 0

@@ -23,11 +23,12 @@ from permuted import (
     tensors_of,
 )
 
+from nnunet_transplant.alignment import dual
 from nnunet_transplant.alignment.activations import activation_similarity
 from nnunet_transplant.alignment.dual import Matching, Solver, aligned, match, matched_similarity, zipped
 from nnunet_transplant.alignment.graph import trace
 from nnunet_transplant.alignment.spec import Spec
-from nnunet_transplant.alignment.weights import WeightSimilarity, identity, moved
+from nnunet_transplant.alignment.weights import WeightSimilarity, canonical_scale, identity, moved
 
 KINDS = ("plain3d", "plain2d", "residual3d", "residual2d", "batch3d")
 SOLVERS = {"align to the first": aligned(False), "align to the mean": aligned(True), "zip": zipped(0.5, 0.125)}
@@ -310,3 +311,21 @@ def test_what_a_method_does_not_look_at_changes_nothing(how: str) -> None:
     for blocks in (1, 2):
         np.testing.assert_array_equal(*(SOLVERS[how].solve(matrix.reshape(12, 12), 3, blocks)
                                         for matrix in (similarity, other)))
+
+
+@pytest.mark.parametrize("kind", ["plain2d", "residual3d"])
+def test_git_re_basin_never_loses_of_its_objective(kind: str) -> None:
+    """The sum over all tensors of the inner products of both models, each tensor once, of unrelated networks: every
+    assignment is the best for its group, so that one sweep more is never worse."""
+    networks = [original(kind), original(kind, 1)]
+    reached = []
+    with pytest.MonkeyPatch.context() as patch:
+        for sweeps in range(4):
+            patch.setattr(dual, "MOST_SWEEPS", sweeps)
+            found = match(spec(kind), networks, aligned(False), 1.0, pearson=False, patience=9)
+            scaled = [canonical_scale(network, spec(kind)) for network in networks]
+            other = moved(scaled[1], spec(kind), found.assignments, 1)
+            counted = {segment.tensor for group in spec(kind).groups.values() for segment in group.segments
+                       if segment.counts}
+            reached.append(sum(float((scaled[0][name].double() * other[name].double()).sum()) for name in counted))
+    assert reached == sorted(reached) and reached[0] < reached[1] < reached[-1]

@@ -1,7 +1,7 @@
 """Similarities in weight space, and networks with their units moved or merged, against plain versions of the papers'
 equations on a network whose layers are written down by hand."""
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,42 +91,31 @@ def compared(layer: Layer, network: Arrays) -> np.ndarray:
     return weight
 
 
-def units_of(group: str, network: Arrays, matrices: Arrays, skip: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+def units_of(group: str, network: Arrays, matrices: Arrays, skip: Sequence[str]) -> list[np.ndarray]:
     """Z_l of one model in parts (D, features): what makes each unit, with its inputs as they are matched, its numbers,
-    and what reads it, with its outputs as they are matched. Beside each part, the same with nothing matched."""
-    nothing = {name: np.eye(size) for name, size in SIZES.items()}
+    and what reads it, with its outputs as they are matched."""
     parts = []
     for layer in LAYERS:
         if layer.makes == group and layer.weight not in skip:
             weight = compared(layer, network)
-            parts.append(tuple(with_inputs(weight, layer, m).reshape(len(weight), -1) for m in (matrices, nothing)))
+            parts.append(with_inputs(weight, layer, matrices).reshape(len(weight), -1))
         if layer.makes == group:  # a bias before a norm has no effect, others do
-            parts += [(network[name][:, None],) * 2 for name in layer.of_norm or (layer.bias,) if name not in skip]
+            parts += [network[name][:, None] for name in layer.of_norm or (layer.bias,) if name not in skip]
         for read, start in layer.reads:
             if read == group and layer.weight not in skip:
                 weight = compared(layer, network)[:, start:start + SIZES[group]]
                 own = np.eye(len(weight)) if layer.makes is None else matrices[layer.makes]
-                parts.append(tuple(np.einsum("oiv,op->ipv", weight, m).reshape(SIZES[group], -1)
-                                   for m in (own, np.eye(len(weight)))))
+                parts.append(np.einsum("oiv,op->ipv", weight, own).reshape(SIZES[group], -1))
     return parts
 
 
 def plain_similarity(group: str, networks: Sequence[Arrays], assignments: Arrays, pearson: bool,
                      skip: Sequence[str] = ()) -> np.ndarray:
-    """(N D, N D). Each part of Z has a mean square length of 1 over all units of all models; single numbers count by
-    how they differ from their mean."""
+    """(N D, N D). Single numbers count by how they differ from their mean."""
     of_models = [units_of(group, network, {name: matrix(assignment[n]) for name, assignment in assignments.items()},
                           skip) for n, network in enumerate(networks)]
-    scaled = [[] for _ in networks]
-    for part in zip(*of_models, strict=True):
-        raw = np.concatenate([before for _, before in part])
-        if raw.shape[1] == 1:
-            shift, length = raw.mean(), 1.0
-        else:
-            shift, length = 0.0, np.sqrt((raw ** 2).sum(1).mean())
-        for n, (now, _) in enumerate(part):
-            scaled[n].append((now - shift) / length)
-    rows = np.concatenate([np.concatenate(parts, axis=1) for parts in scaled])
+    of_segments = [np.concatenate(part) for part in zip(*of_models, strict=True)]
+    rows = np.concatenate([part - part.mean() * (part.shape[1] == 1) for part in of_segments], axis=1)
     return np.corrcoef(rows) if pearson else rows @ rows.T
 
 
@@ -249,14 +238,6 @@ def test_dead_units_are_like_nothing(spec: Spec, networks: list) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Heads of an attention: blocks of units, and queries and keys that move with them
 
-def scaled_part(networks: Sequence[Arrays], of: object, now: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """What is now of each model, shifted or scaled by what `of` takes of the networks."""
-    raw = np.concatenate([of(network) for network in networks])
-    if raw.shape[1] == 1:
-        return [each - raw.mean() for each in now]
-    return [each / np.sqrt((raw ** 2).sum(1).mean()) for each in now]
-
-
 @pytest.mark.parametrize("pearson", [True, False])
 def test_rigid_segments_are_compared_block_by_block(pearson: bool) -> None:
     """Units by what they are matched by freely; their blocks by whole queries and keys in order. Of Pearson's each kind
@@ -267,13 +248,14 @@ def test_rigid_segments_are_compared_block_by_block(pearson: bool) -> None:
     state["stream"] = np.array([[2, 0, 3, 1], [1, 3, 0, 2]])
     order = [matrix(assignment) for assignment in state["stream"]]
 
-    def rows(of: object, now: object) -> list[np.ndarray]:
-        return scaled_part(plain, of, [now(network, p) for network, p in zip(plain, order, strict=True)])
-    free = [rows(lambda n: n["v"], lambda n, p: n["v"] @ p), rows(lambda n: n["out"].T, lambda n, p: n["out"].T @ p),
-            rows(lambda n: n["v_bias"][:, None], lambda n, p: n["v_bias"][:, None])]
-    rigid = [rows(lambda n: n["qk"][:6], lambda n, p: n["qk"][:6] @ p),
-             rows(lambda n: n["qk"][6:], lambda n, p: n["qk"][6:] @ p),
-             rows(lambda n: n["q_bias"][:, None], lambda n, p: n["q_bias"][:, None])]
+    def rows(now: Callable) -> list[np.ndarray]:
+        return [now(network, p) for network, p in zip(plain, order, strict=True)]
+
+    def numbers(name: str) -> list[np.ndarray]:
+        mean = np.mean([network[name] for network in plain])
+        return [network[name][:, None] - mean for network in plain]
+    free = [rows(lambda n, p: n["v"] @ p), rows(lambda n, p: n["out"].T @ p), numbers("v_bias")]
+    rigid = [rows(lambda n, p: n["qk"][:6] @ p), rows(lambda n, p: n["qk"][6:] @ p), numbers("q_bias")]
     z = [np.concatenate([part[n] for part in free], axis=1) for n in range(2)]
     # three units of a block one behind the other
     heads = [np.concatenate([part[n].reshape(2, -1) for part in rigid], axis=1) for n in range(2)]

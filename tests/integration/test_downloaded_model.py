@@ -84,10 +84,13 @@ def test_a_model_without_a_fingerprint_takes_that_of_the_data(nnunet: Path, down
         fingerprint.write_bytes(content)
 
 
-def test_what_does_not_fit_is_said_before_training(nnunet: Path, downloaded: Path) -> None:
+def test_what_does_not_fit_is_said_before_training(nnunet: Path, downloaded: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(nnunet)
     for changes, message in (
             ({"plans_name": "nnUNetPlans"}, "are called TheirPlans: leave out -p nnUNetPlans"),
             ({"plans_from": nnunet / "downloads"}, "Give one of the models in it: a model"),
+            ({"plans_from": "downloads"}, "Give one of the models in it: a model"),
             ({"plans_from": nnunet / "nowhere"}, "there is no model folder"),
             ({"plans_from": 999}, "-plans_from 999: Could not find a dataset with the ID 999")):
         with pytest.raises(TransplantError, match=message):

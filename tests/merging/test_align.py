@@ -149,11 +149,12 @@ def test_merged_with_its_permuted_copy_a_model_does_what_it_did(tmp_path: Path, 
 
 
 def test_only_git_re_basin_compares_by_inner_products(tmp_path: Path) -> None:
-    """Those of a unit with its copy add up the parts of its weights, of length 1 each in the mean."""
+    """Those of a unit with its copy are its squared length: 1 of its kernel and what reads it besides; correlations are
+    at most 1."""
     models = folders(tmp_path, "plain2d", original("plain2d"), copied("plain2d", 1))
     for method in METHODS_THAT_ALIGN:
         found = merge_folders(models, recipe=Recipe(method, volumes=volumes_for(method)))["all"].provenance["found"]
-        assert 2 < found["similarity"] < 3 if method == "rebasin" else 0.9999 < found["similarity"] <= 1
+        assert found["similarity"] > 1.5 if method == "rebasin" else 0.9999 < found["similarity"] <= 1
         assert found["alpha"] == {"rebasin": 1, "weight_zip": 1, "activation_align": 0, "zipit": 0}.get(method, 0.5)
 
 
