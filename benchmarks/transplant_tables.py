@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from transplant_settings import MAIN, REGIMES, curvature_folder, folder_name, merge_name
 
-from nnunet_transplant.plotting import MODEL_COLOURS, plt, save_dice_figure, save_figure
+from nnunet_transplant.plotting import MODEL_COLOURS, save_dice_figure, save_figure
 
 TITLES = {f"{method} {kind}": title + more for method, title in (("average", "average"), ("ties", "TIES"))
           for kind, more in (("default", ""), ("searched", ", searched"), ("fitted", ", head fitted"))}
@@ -221,7 +222,8 @@ def save_bases_figure(known: Mapping[str, pd.DataFrame], path: Path) -> None:
     lost = "lost by average, head fitted"
     measures = {"loss of the base": "loss of the base on its own cases",
                 "lambda_1": "lambda_1 of the base (lower is wider)"}
-    figure, row = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    row = figure.subplots(1, 2, sharey=True)
     for axes, (measure, title) in zip(row, measures.items(), strict=True):
         for (setting, table), marker in zip(tables.items(), "os", strict=False):
             for regime, rows in table.groupby("regime", sort=False):

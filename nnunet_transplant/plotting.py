@@ -1,18 +1,21 @@
-"""Every figure of the package."""
+"""Every figure of the package. None is made by pyplot, whose state and backend are the user's."""
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import matplotlib
 import numpy as np
 import SimpleITK
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from nnunet_transplant.fonts import add_fallback_fonts
 
 # Okabe and Ito's palette for colour-blind readers
 BLUE = "#0072B2"
@@ -25,7 +28,8 @@ def save_inputs_figure(provenance: dict[str, Any], path: Path) -> None:
     names = [f"{Path(one['path']).parent.parent.parent.name} fold {one['fold']}: {', '.join(one['structures'])}"
              for one in inputs]
     names = [name if len(name) <= 80 else name[:77] + "..." for name in names]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(inputs)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(inputs)), layout="constrained")
+    axes = figure.subplots()
     axes.barh(range(len(inputs)), [one["weight"] for one in inputs], color=BLUE)
     axes.set_yticks(range(len(inputs)), names, parse_math=False)  # a name may hold dollars
     axes.invert_yaxis()
@@ -49,7 +53,8 @@ def save_segmentations_figure(image: Path, panels: Sequence[tuple[str, Path, dic
     views = [(axis, slice_to_show(_areas(masks[0], axis))) for axis in (0, 1)]
     low, high = np.percentile(volume[foreground], [1, 99])
     margin = 1.5 * (high - low)
-    figure, grid = plt.subplots(2, len(panels) + 1, figsize=(2.3 * (len(panels) + 1), 4.6), layout="constrained")
+    figure = Figure(figsize=(2.3 * (len(panels) + 1), 4.6), layout="constrained")
+    grid = figure.subplots(2, len(panels) + 1)
     for row, (axis, index) in zip(grid, views, strict=True):
         in_plane = np.delete(spacing, axis)
         for column, axes in enumerate(row):
@@ -63,13 +68,13 @@ def save_segmentations_figure(image: Path, panels: Sequence[tuple[str, Path, dic
             for i, (name, mask) in enumerate(masks[column - 1].items() if column else ()):
                 colour = STRUCTURE_COLOURS[structures.index(name) % len(STRUCTURE_COLOURS)]
                 _draw_mask(axes, np.take(mask, index, axis), colour, order=2 + i)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=STRUCTURE_COLOURS[i % len(STRUCTURE_COLOURS)])
+    handles = [Rectangle((0, 0), 1, 1, color=STRUCTURE_COLOURS[i % len(STRUCTURE_COLOURS)])
                for i in range(len(structures))]
     figure.legend(handles, structures, loc="outside lower center", ncols=len(structures), frameon=False)
     save_figure(figure, path)
 
 
-def _draw_mask(axes: plt.Axes, mask: np.ndarray, colour: str, order: int, hatch: str | None = None) -> None:
+def _draw_mask(axes: Axes, mask: np.ndarray, colour: str, order: int, hatch: str | None = None) -> None:
     """Fill what is in a mask (rows, columns)."""
     if mask.any():
         parts = _within_border(mask)
@@ -107,21 +112,22 @@ def save_units_figure(groups: Mapping[str, Sequence[tuple[str, bool]]], columns:
     groups: by name, the tensors that it has a part in, and whether they read its units.
     columns: where to draw each tensor: (column, row), rows from the top.
     """
-    colours = plt.get_cmap("tab20").colors
-    figure, axes = plt.subplots(figsize=(1.3 * (1 + max(x for x, _ in columns.values())),
-                                         1.1 * (1 + max(y for _, y in columns.values()))), layout="constrained")
+    colours = colormaps["tab20"].colors
+    figure = Figure(figsize=(1.3 * (1 + max(x for x, _ in columns.values())),
+                             1.1 * (1 + max(y for _, y in columns.values()))), layout="constrained")
+    axes = figure.subplots()
     reads = {tensor: [name for name, parts in groups.items() if (tensor, True) in parts] for tensor in columns}
     for tensor, (x, y) in columns.items():
         transposed, head = "transpconv" in tensor, "seg_layers" in tensor
-        axes.add_patch(plt.Rectangle((x - 0.36, -y - 0.3), 0.72, 0.6, facecolor="white", edgecolor="0.3"))
+        axes.add_patch(Rectangle((x - 0.36, -y - 0.3), 0.72, 0.6, facecolor="white", edgecolor="0.3"))
         axes.text(x, -y, "head" if head else "up" if transposed else "conv", ha="center", va="center", fontsize=8)
         for i, name in enumerate(reads[tensor]):
             height = 0.6 / len(reads[tensor])
-            axes.add_patch(plt.Rectangle((x - 0.36, -y + 0.3 - (i + 1) * height), 0.12, height,
-                                         color=colours[list(groups).index(name) % 20]))
+            axes.add_patch(Rectangle((x - 0.36, -y + 0.3 - (i + 1) * height), 0.12, height,
+                                     color=colours[list(groups).index(name) % 20]))
         for index, (name, parts) in enumerate(groups.items()):
             if (tensor, False) in parts:
-                axes.add_patch(plt.Rectangle((x + 0.24, -y - 0.3), 0.12, 0.6, color=colours[index % 20]))
+                axes.add_patch(Rectangle((x + 0.24, -y - 0.3), 0.12, 0.6, color=colours[index % 20]))
                 for other, (to_x, to_y) in columns.items():
                     if name in reads[other]:
                         i, height = reads[other].index(name), 0.6 / len(reads[other])
@@ -135,7 +141,8 @@ def save_units_figure(groups: Mapping[str, Sequence[tuple[str, bool]]], columns:
 
 def save_barrier_figure(positions: Sequence[float], losses: Mapping[str, Sequence[float]], path: Path) -> None:
     """The loss along the line from one model (0) to another (1), a line for each way to align them."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for (name, values), colour in zip(losses.items(), STRUCTURE_COLOURS, strict=False):
         axes.plot(positions, values, marker="o", color=colour, label=name)
     axes.set(xlabel="share of the second model's weights", ylabel="loss")
@@ -150,8 +157,8 @@ def save_flatness_figure(models: Mapping[str, Mapping[str, Any]], patches: int, 
         ("hessian_eigenvalues", "largest eigenvalues of the Hessian", "λ"),
         ("fisher_largest", "largest entries of the Fisher's diagonal", "F"))
         if any(key in model for model in models.values())]
-    figure, row = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4 + 0.2 * len(models)), squeeze=False,
-                               layout="constrained")
+    figure = Figure(figsize=(5.5 * len(panels), 4 + 0.2 * len(models)), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)
     width = 0.8 / len(models)
     for axes, (key, title, symbol) in zip(row[0], panels, strict=True):
         longest = max(len(model.get(key, ())) for model in models.values())
@@ -195,8 +202,8 @@ def save_interference_figure(tasks: Sequence[str], stages: Sequence[str], entrie
         ("Do they need the same entries?", "large in both / large in either",
          dict(zip(pairs, overlap.T, strict=True)), {"by chance": np.ma.masked_invalid(overlap_by_chance).mean(1)})]
     height = 3.3 if as_lines else max(3.3, 0.16 * min(len(pairs), _MOST_ROWS))
-    figure, grid = plt.subplots(2, 2, figsize=(13, 2 * height + 1.5 + 0.2 * len(tasks)), sharex=True,
-                                layout="constrained")
+    figure = Figure(figsize=(13, 2 * height + 1.5 + 0.2 * len(tasks)), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True)
     for axes, (title, unit, rows, more) in zip(grid.flat, panels, strict=True):
         axes.set_title(title, fontsize=11)
         if as_lines:  # pairs in other colours than tasks, as far as there are any
@@ -211,7 +218,7 @@ def save_interference_figure(tasks: Sequence[str], stages: Sequence[str], entrie
                     f"(large: the {100 * density:g} % largest entries of each task vector)")
     heads = [task.partition("__")[0] for task in tasks]
     names = heads if len(set(heads)) == len(tasks) else tasks
-    handles = [plt.Line2D([], [], **(_line_style(t) if as_lines else {"linestyle": ""})) for t in range(len(tasks))]
+    handles = [Line2D([], [], **(_line_style(t) if as_lines else {"linestyle": ""})) for t in range(len(tasks))]
     _legend(figure, handles, [f"task {t}: {name}" for t, name in enumerate(names, 1)],
             2 if max(map(len, names)) < 60 else 1)
     save_figure(figure, path)
@@ -221,7 +228,7 @@ def _line_style(index: int) -> dict[str, Any]:
     return {"color": _LINE_COLOURS[index % len(_LINE_COLOURS)], "marker": "osD^vP"[index % 6], "markersize": 5}
 
 
-def _stage_lines(axes: plt.Axes, stages: Sequence[str], unit: str, rows: Mapping[str, np.ndarray],
+def _stage_lines(axes: Axes, stages: Sequence[str], unit: str, rows: Mapping[str, np.ndarray],
                  more: Mapping[str, np.ndarray], first_colour: int) -> None:
     """A line through the stages of the U-Net for each row, dashed and grey for those of another kind; what is no stage
     stands beside it."""
@@ -239,7 +246,7 @@ def _stage_lines(axes: plt.Axes, stages: Sequence[str], unit: str, rows: Mapping
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside: it would hide markers
 
 
-def _stage_map(axes: plt.Axes, stages: Sequence[str], unit: str, rows: Mapping[str, np.ndarray],
+def _stage_map(axes: Axes, stages: Sequence[str], unit: str, rows: Mapping[str, np.ndarray],
                more: Mapping[str, np.ndarray]) -> None:
     """A coloured cell for each row and stage; rows of another kind below a line. No cell where nothing is defined."""
     values = np.ma.masked_invalid(np.array([*rows.values(), *more.values()], float))
@@ -280,8 +287,8 @@ def save_dice_figure(dice: Mapping[tuple[str, str], Sequence[float]], structures
         rows[-1].append(group)
     slots = max(6, *map(_slots, rows))
     width = min(9.0, 3 + 0.4 * slots)
-    figure, grid = plt.subplots(len(rows), figsize=(width, 0.8 + 2.7 * len(rows) + 0.2 * len(models)), squeeze=False,
-                                layout="constrained")
+    figure = Figure(figsize=(width, 0.8 + 2.7 * len(rows) + 0.2 * len(models)), layout="constrained")
+    grid = figure.subplots(len(rows), squeeze=False)
     for axes, row in zip(grid[:, 0], rows, strict=True):
         ticks, x = [], (slots - _slots(row)) / 2 if len(rows) == 1 else 0.0
         for structure, having in row:
@@ -301,7 +308,7 @@ def save_dice_figure(dice: Mapping[tuple[str, str], Sequence[float]], structures
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, parse_math=False)
-    handles = [plt.Rectangle((0, 0), 1, 1, **_model_style(index)) for index in range(len(models))]
+    handles = [Rectangle((0, 0), 1, 1, **_model_style(index)) for index in range(len(models))]
     names = [_shortened(model, 90) for model in models]
     _legend(figure, handles, names, max(1, int(13 * width) // (8 + max(map(len, names)))))
     save_figure(figure, path)
@@ -319,7 +326,7 @@ def _model_style(index: int) -> dict[str, Any]:
             "edgecolor": "black", "linewidth": 0.5}
 
 
-def _draw_bar(axes: plt.Axes, x: float, values: Sequence[float], model: int) -> None:
+def _draw_bar(axes: Axes, x: float, values: Sequence[float], model: int) -> None:
     there = [value for value in values if not np.isnan(value)]
     if not there:
         axes.text(x, 0.02, "in no case", rotation=90, ha="center", va="bottom", fontsize=7)
@@ -350,8 +357,8 @@ def save_overlays_figure(cases: Sequence[Overlay], structures: Sequence[str], ti
     above = 0.2 + 0.12 * max(map(len, map(str.splitlines, titles)))
     tallest = 1.5 if lines == 1 else 1.1  # times the width of a panel
     heights = [lines * (1.75 * min(tallest, _height_over_width(case)) + above) + 0.3 for case in cases]
-    figure = plt.figure(figsize=(max(5.0, 1.85 * columns), sum(heights) + 0.8 + 0.2 * (len(structures) // columns)),
-                        layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.85 * columns), sum(heights) + 0.8 + 0.2 * (len(structures) // columns)),
+                    layout="constrained")
     figure.suptitle(title, parse_math=False)
     parts = figure.subfigures(len(cases), height_ratios=heights, squeeze=False)[:, 0]
     for part, case in zip(parts, cases, strict=True):
@@ -369,8 +376,8 @@ def save_overlays_figure(cases: Sequence[Overlay], structures: Sequence[str], ti
                 if masks is not case.panels[0][1]:
                     _draw_outline(axes, case.panels[0][1][structure], order=4 + len(structures))
     styles = [_structure_style(index) for index in range(len(structures))]
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=style["colour"], hatch=style["hatch"]) for style in styles]
-    handles.append(plt.Line2D([], [], color="white", linewidth=1, path_effects=[_HALO]))
+    handles = [Rectangle((0, 0), 1, 1, facecolor=style["colour"], hatch=style["hatch"]) for style in styles]
+    handles.append(Line2D([], [], color="white", linewidth=1, path_effects=[_HALO]))
     names = [*(_shortened(structure, 40) for structure in structures), "outline of the truth"]
     _legend(figure, handles, names, max(1, int(24 * columns) // (6 + max(map(len, names)))))
     save_figure(figure, path)
@@ -424,7 +431,7 @@ def _wrapped(title: str) -> str:
 _HALO = withStroke(linewidth=1.6, foreground="black")
 
 
-def _draw_outline(axes: plt.Axes, mask: np.ndarray, order: int) -> None:
+def _draw_outline(axes: Axes, mask: np.ndarray, order: int) -> None:
     if mask.any():
         lines = axes.contour(*_within_border(mask), levels=[0.5], colors=["white"], linewidths=0.7, zorder=order)
         lines.set_path_effects([_HALO])
@@ -434,7 +441,7 @@ def _shortened(name: str, most: int) -> str:
     return name if len(name) <= most else name[:most - 3] + "..."
 
 
-def _legend(figure: plt.Figure, handles: Sequence[Any], names: Sequence[str], columns: int) -> None:
+def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], columns: int) -> None:
     """Below the figure. Names may hold dollars, or begin with an underscore, which keeps labels out of legends."""
     legend = figure.legend(handles, ["-"] * len(handles), loc="outside lower center", frameon=False, fontsize=9,
                            ncols=min(columns, len(handles)))
@@ -442,12 +449,12 @@ def _legend(figure: plt.Figure, handles: Sequence[Any], names: Sequence[str], co
         text.set(text=name, parse_math=False)
 
 
-def save_figure(figure: plt.Figure, path: Path, dpi: int = 150) -> None:
-    """Write and close a figure; without the date and version that would make two runs differ."""
+def save_figure(figure: Figure, path: Path | BinaryIO, dpi: int = 150) -> None:
+    """Write a figure; without the date and version that would make two runs differ."""
+    add_fallback_fonts(figure)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # said already, in words that help
         figure.savefig(path, metadata={"Software": None}, dpi=dpi)
-    plt.close(figure)
 
 
 # What coefficients do to a merge (analysis/sweep.py). `marks` says which evaluation is the default and which the best.
@@ -466,8 +473,8 @@ def save_maps_figure(points: np.ndarray, dice: Mapping[str, np.ndarray], ranges:
     """
     columns = min(len(dice), 4)
     rows = -(-len(dice) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(1.3 + 2.9 * columns, 1.5 + 2.9 * rows), layout="constrained",
-                                sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(1.3 + 2.9 * columns, 1.5 + 2.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     low, high = (float(extreme([extreme(values) for values in dice.values()])) for extreme in (np.min, np.max))
     colours = {"cmap": "cividis", "vmin": low, "vmax": max(high, low + 1e-6)}
     for axes, (name, values) in zip(grid.flat, dice.items(), strict=False):
@@ -483,8 +490,8 @@ def save_maps_figure(points: np.ndarray, dice: Mapping[str, np.ndarray], ranges:
         there = "   ".join(f"{_MARKS[which]} {values[row]:.3f}" for which, row in marks.items())
         axes.set_title(f"{_shortened(name, 28)}\n{there}", fontsize=9, parse_math=False)
         axes.set_box_aspect(1)
-        axes.yaxis.set_major_locator(plt.MaxNLocator(5))
-        axes.xaxis.set_major_locator(plt.MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     for axes in grid.flat[len(dice):]:
         axes.set_axis_off()
     names = [_shortened(name, 40) for name in ranges]
@@ -501,7 +508,7 @@ def save_maps_figure(points: np.ndarray, dice: Mapping[str, np.ndarray], ranges:
     save_figure(figure, path)
 
 
-def _draw_cells(axes: plt.Axes, points: np.ndarray, values: np.ndarray, cells: Sequence[Sequence[float]],
+def _draw_cells(axes: Axes, points: np.ndarray, values: np.ndarray, cells: Sequence[Sequence[float]],
                 colours: Mapping[str, Any]) -> Any:
     """A cell around every point of the grid and, where there are enough of them, lines of equal Dice."""
     at = {tuple(np.round(point, 6)): value for point, value in zip(points, values, strict=True)}
@@ -521,8 +528,8 @@ def save_slices_figure(numbers: Mapping[str, np.ndarray], dice: np.ndarray, mark
     """The mean Dice of every evaluation over each number that was searched: name -> (evaluations,)."""
     columns = min(len(numbers), 4)
     rows = -(-len(numbers) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(0.8 + 2.9 * columns, 1.3 + 2.6 * rows), layout="constrained",
-                                sharey=True, squeeze=False)
+    figure = Figure(figsize=(0.8 + 2.9 * columns, 1.3 + 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (name, values) in zip(grid.flat, numbers.items(), strict=False):
         axes.scatter(values, dice, color=BLUE, s=18, alpha=0.6, linewidths=0)
         for which, row in marks.items():
@@ -547,7 +554,8 @@ def save_front_figure(dice: Mapping[str, np.ndarray], front: Sequence[int], mark
     """
     values = np.stack(list(dice.values()), axis=1)
     width = 5.6 if len(dice) == 2 else 2 + 1.1 * len(dice)
-    figure, axes = plt.subplots(figsize=(width, 5), layout="constrained")
+    figure = Figure(figsize=(width, 5), layout="constrained")
+    axes = figure.subplots()
     if len(dice) == 2:
         axes.scatter(*values.T, color="0.75", s=18, linewidths=0, label="evaluated")
         along = values[sorted(front, key=lambda row: values[row, 0])]
@@ -576,9 +584,9 @@ def save_front_figure(dice: Mapping[str, np.ndarray], front: Sequence[int], mark
     save_figure(figure, path)
 
 
-def _mark_legend(figure: plt.Figure, names: Mapping[str, str]) -> None:
-    handles = [plt.Line2D([], [], linestyle="", marker=_MARKERS[which]["marker"], markerfacecolor="white",
-                          markeredgecolor="black", markersize=7 + 5 * (which == "best")) for which in names]
+def _mark_legend(figure: Figure, names: Mapping[str, str]) -> None:
+    handles = [Line2D([], [], linestyle="", marker=_MARKERS[which]["marker"], markerfacecolor="white",
+                      markeredgecolor="black", markersize=7 + 5 * (which == "best")) for which in names]
     _legend(figure, handles, list(names.values()), len(names))
 
 
@@ -591,8 +599,8 @@ def save_plane_figure(losses: Mapping[tuple[float, float], Mapping[str, float]],
     values = {task: np.array([loss[task] for loss in losses.values()]) for task in tasks}
     if len(tasks) > 1:
         values = {"mean of the tasks": np.mean(list(values.values()), axis=0), **values}
-    figure, row = plt.subplots(1, len(values), figsize=(4.6 * len(values), 4.2 + 0.25 * len(models)), squeeze=False,
-                               layout="constrained")
+    figure = Figure(figsize=(4.6 * len(values), 4.2 + 0.25 * len(models)), layout="constrained")
+    row = figure.subplots(1, len(values), squeeze=False)
     for axes, (title, loss) in zip(row[0], values.items(), strict=True):
         finite = np.isfinite(loss)
         # beyond the upper half all is far too high: levels would tell nothing of the valley
@@ -609,8 +617,8 @@ def save_plane_figure(losses: Mapping[tuple[float, float], Mapping[str, float]],
         axes.set_title(title, parse_math=False)
         axes.set(xlabel="first principal component\n(distance of weights)",
                  ylabel="second principal component\n(distance of weights)", aspect="equal")
-    handles = [plt.Line2D([], [], linestyle="", marker="o" if index < experts else "*", color="white",
-                          markeredgecolor="black", markersize=9) for index in range(len(models))]
+    handles = [Line2D([], [], linestyle="", marker="o" if index < experts else "*", color="white",
+                      markeredgecolor="black", markersize=9) for index in range(len(models))]
     _legend(figure, handles, [f"{index}  {name}" for index, name in enumerate(models, 1)], 1)
     figure.suptitle("Loss over the plane closest to the models")
     save_figure(figure, path)
@@ -625,9 +633,9 @@ def save_lines_figure(losses: Mapping[tuple[str, float, float], Mapping[str, flo
     rows = -(-len(pairs) // columns)
     used = sorted({int(index) for pair in pairs for index in pair.split("-")})
     names = [f"{index + 1}  {labels[index]}" for index in used]
-    figure, grid = plt.subplots(rows, columns, figsize=(max(4.4 * columns, 0.08 * max(map(len, names))),
-                                                        3.2 * rows + 0.2 * len(used) + 0.6),
-                                squeeze=False, layout="constrained", sharey=True)
+    figure = Figure(figsize=(max(4.4 * columns, 0.08 * max(map(len, names))), 3.2 * rows + 0.2 * len(used) + 0.6),
+                    layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(pairs):]:
         axes.set_axis_off()
     for axes, pair in zip(grid.flat, pairs, strict=False):
@@ -642,6 +650,6 @@ def save_lines_figure(losses: Mapping[tuple[str, float, float], Mapping[str, flo
         axes.grid(alpha=0.4)
         for text in axes.legend(title="" if len(line[0][1]) == 1 else "task").get_texts():
             text.set_parse_math(False)
-    _legend(figure, [plt.Line2D([], [], linestyle="") for _ in names], names, 1)
+    _legend(figure, [Line2D([], [], linestyle="") for _ in names], names, 1)
     figure.suptitle("Loss along the lines between models")
     save_figure(figure, path)

@@ -7,11 +7,12 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from factory import base_network, write_model
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from nnunet_transplant import report
 from nnunet_transplant.cli.report import main
@@ -94,10 +95,9 @@ def write_evaluation(folder: Path, models: list[str], structures: list[str], cas
 
 
 def write_figure(path: Path, size: tuple[float, float] = (1.5, 1)) -> None:
-    figure = plt.figure(figsize=size, dpi=50)
+    figure = Figure(figsize=size, dpi=50)
     figure.text(0.1, 0.5, path.name)
     figure.savefig(path)
-    plt.close(figure)
 
 
 def write_analysis(folder: Path) -> Path:
@@ -156,7 +156,7 @@ def test_the_page_can_be_read_by_everybody(everything: tuple) -> None:
         kind, _, data = attrs["src"].partition(",")
         assert kind == "data:image/png;base64" and base64.b64decode(data) == file.read_bytes()
         assert file.name in attrs["alt"] and file.parent.name in attrs["alt"]
-        height, width, _ = plt.imread(file).shape
+        height, width, _ = imread(file).shape
         assert (attrs["width"], attrs["height"]) == (str(width), str(height))
 
 

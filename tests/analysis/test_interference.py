@@ -317,7 +317,7 @@ def test_bad_input_gives_one_line_and_no_output(tmp_path: Path, base: Path, mode
             (["-m", stock, stock, "-base", residual], "another network"),
             (["-m", lonely, models[1]], "with -base"),
             (["-m", models[0], tmp_path / "nowhere"], "there is no model folder"),
-            (["-m", *models, "-f", 3], "there is no checkpoint"),
+            (["-m", *models, "-f", 3], "has no fold_3/checkpoint_final.pth"),
             (["-m", models[0], broken, "-base", base], "holds NaN or Inf in"),
             (["-m", *models, "-base", broken], "is not the one"),
             (["-m", stock, stock, "-base", broken], "the base holds NaN or Inf in"),

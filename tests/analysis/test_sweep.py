@@ -6,13 +6,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from factory import base_network, dataset_json, small_plans, write_model, write_volumes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
+from nnunet_transplant import plotting
 from nnunet_transplant.analysis import sweep as sweeps
 from nnunet_transplant.analysis.scoring import MergedNetwork
 from nnunet_transplant.analysis.sweep import Plan, split_cases, sweep
@@ -72,7 +75,12 @@ def test_a_grid_sweep(dataset: Path, models: list[Path], tmp_path: Path, monkeyp
                       figures: None) -> None:
     """Everything that is written says the same; the same call evaluates nothing again."""
     drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
+
+    def save(figure: Figure, file: BinaryIO) -> None:
+        figure.savefig(file)
+        drawn.append(figure)
+
+    monkeypatch.setattr(plotting, "save_figure", save)
     found = run(models, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == found
@@ -243,7 +251,7 @@ def test_a_front_of_structures(dataset: Path, models: list[Path], tmp_path: Path
     expected = [not any((other >= row).all() and (other > row).any() for other in values) for row in values]
     assert front["trial"].tolist() == frame["trial"][expected].tolist()
     assert found["best"]["trial"] in front["trial"].tolist()
-    assert plt.imread(tmp_path / "out" / "pareto.png").size > 1000
+    assert imread(tmp_path / "out" / "pareto.png").size > 1000
     assert bool(found["notes"]) == (count == 2)  # three is no structure of the dataset then
 
 
@@ -303,7 +311,7 @@ def test_the_command(dataset: Path, models: list[Path], tmp_path: Path, capsys: 
     assert f"-weights @{tmp_path / 'out' / 'weights.json'} -o MERGED" in out
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert found["default"]["parameters"] == {"density": 0.5, "lambda": 1.0, "combine": "linear", "seed": 3}
-    assert plt.imread(tmp_path / "out" / "sweep.png").size > 1000
+    assert imread(tmp_path / "out" / "sweep.png").size > 1000
     assert len(found["cases"]["tuning"]) == 4 and len(found["cases"]["reporting"]) == 2
     assert found["ranges"] == {"w_1": [0, 1], "w_2": [0, 1], "density": [0.2, 0.8], "lambda": [0.5, 2]}
 

@@ -1,0 +1,25 @@
+"""Figures are drawn without pyplot, whose state and backend are those of whoever imports the package."""
+import subprocess
+import sys
+from pathlib import Path
+
+import nnunet_transplant
+
+ALONE = """
+import sys
+import matplotlib
+before = dict.__getitem__(matplotlib.rcParams, "backend")
+import nnunet_transplant.plotting
+assert dict.__getitem__(matplotlib.rcParams, "backend") is before and "matplotlib.pyplot" not in sys.modules
+"""
+
+
+def test_drawing_needs_no_pyplot() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_of_the_package_imports_it() -> None:
+    package = Path(nnunet_transplant.__file__).parent
+    assert not [path for path in package.rglob("*.py") if "import matplotlib.pyplot" in path.read_text()
+                or "from matplotlib import pyplot" in path.read_text()]
