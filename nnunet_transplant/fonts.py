@@ -1,6 +1,9 @@
 """Other fonts of the machine for characters that matplotlib's own lacks: names of structures may be in any script."""
+import logging
 import unicodedata
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 from matplotlib.figure import Figure
@@ -26,6 +29,21 @@ def add_fallback_fonts(figure: Figure) -> None:
         shown = rest if len(rest) <= 30 else f"{rest[:27]}..."
         note(f"no font on this machine has the characters '{shown}': figures show boxes for them. Install a font that "
              "has them, such as one of the Noto fonts (Noto Sans CJK for Chinese, Japanese and Korean)")
+
+
+@contextmanager
+def without_remarks() -> Iterator[None]:
+    """Silence matplotlib on glyphs that are missing (said already, in words that help) and on weights: a font may have
+    another than the normal one only."""
+    logger = logging.getLogger("matplotlib.font_manager")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _lacking(text: Text) -> set[str]:

@@ -1,6 +1,5 @@
 """Every figure of the package. None is made by pyplot, whose state and backend are the user's."""
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from nnunet_transplant.fonts import add_fallback_fonts
+from nnunet_transplant.fonts import add_fallback_fonts, without_remarks
 
 # Okabe and Ito's palette for colour-blind readers
 BLUE = "#0072B2"
@@ -452,8 +451,7 @@ def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], column
 def save_figure(figure: Figure, path: Path | BinaryIO, dpi: int = 150) -> None:
     """Write a figure; without the date and version that would make two runs differ."""
     add_fallback_fonts(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # said already, in words that help
+    with without_remarks():
         figure.savefig(path, metadata={"Software": None}, dpi=dpi)
 
 

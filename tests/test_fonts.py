@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font
+from matplotlib.font_manager import FontEntry, fontManager, get_font
 from matplotlib.image import imread
 from matplotlib.text import Text
 
@@ -26,6 +26,9 @@ def characters(file: str) -> set[str]:
 # what STIX's font has and DejaVu Sans, the default, has not: it stands for a font of another script
 RARE = "".join(sorted(character for character in characters("STIXGeneral.ttf") - characters("DejaVuSans.ttf")
                       if character.isalpha()))[:3]
+
+
+regular_fonts, add_new_fonts = fonts._regular_fonts, fonts._add_new_fonts.__wrapped__  # which the fixture replaces
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +95,48 @@ def test_fonts_that_were_installed_since_are_looked_for(fonts_of_the_machine: di
         return True
     monkeypatch.setattr(fonts, "_add_new_fonts", install)
     assert fonts._search(frozenset(RARE)) == (["STIXGeneral"], "")
+
+
+def test_fonts_are_added_once_and_damaged_ones_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    (tmp_path / "new.ttf").write_bytes((BUNDLED / "STIXGeneral.ttf").read_bytes())
+    files = [str(path) for path in tmp_path.iterdir()]
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: files)
+    monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist])
+    assert add_new_fonts()
+    assert [entry.fname for entry in fontManager.ttflist if entry.fname in files] == [str(tmp_path / "new.ttf")]
+    assert not add_new_fonts()
+
+
+def test_sans_and_regular_ones_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [entry(name, file, **more) for name, file, more in (
+        ("Script", "script", {}), ("B Sans", "bold", {"weight": 700}), ("B Sans", "slanted", {"style": "italic"}),
+        ("B Sans", "regular", {}), ("Only Sans Bold", "only", {"weight": 700}), ("A Serif", "serif", {}),
+        ("A Sans", "sans", {}), ("Last Resort High-Efficiency", "boxes", {}))]
+    for order in (listed, listed[::-1]):
+        monkeypatch.setattr(fontManager, "ttflist", order)
+        assert list(regular_fonts().items()) == [("A Sans", "sans"), ("B Sans", "regular"), ("Only Sans Bold", "only"),
+                                                 ("Script", "script"), ("A Serif", "serif")]
+
+
+def test_of_equals_the_preferred_and_no_more_than_needed(fonts_of_the_machine: dict[str, str]) -> None:
+    files = {**fonts_of_the_machine}
+    fonts_of_the_machine.clear()
+    fonts_of_the_machine.update({"first": files["STIXGeneral"], "second": files["STIXGeneral"], **files})
+    assert fonts._search(frozenset(RARE)) == (["first"], "")
+
+
+def test_a_font_without_the_normal_weight_is_used_in_silence(
+        tmp_path: Path, fonts_of_the_machine: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    odd = entry("Odd", fonts_of_the_machine.pop("STIXGeneral"), weight=500)
+    fonts_of_the_machine["Odd"] = odd.fname
+    monkeypatch.setattr(fontManager, "ttflist", [*fontManager.ttflist, odd])
+    figure = figure_of(RARE)
+    save_figure(figure, tmp_path / "odd.png")
+    assert "Odd" in figure.axes[0].title.get_fontfamily() and not caplog.records
+
+
+def entry(name: str, file: str, style: str = "normal", weight: int = 400) -> FontEntry:
+    return FontEntry(fname=file, name=name, style=style, variant="normal", weight=weight, stretch="normal",
+                     size="scalable")

@@ -308,7 +308,9 @@ def _dataset_source(name: str, plans_name: str) -> _Source:
 def _model_source(path: Path, plans_name: str | None, parent: Path, trust: bool) -> _Source:
     use_our_trainers()
     model = open_models(path, trust=trust)[0]
-    own = str(model.plans["plans_name"])
+    own = str(model.plans.get("plans_name", "nnUNetPlans"))
+    if not re.fullmatch(r"\w[\w.-]*", own):  # it becomes the name of a file
+        raise TransplantError(f"the plans of {path} have no usable plans_name: {own[:80]}")
     if plans_name not in (None, own):
         raise TransplantError(f"the plans of {path} are called {own}: leave out -p {plans_name}")
     beside = model.folder / "dataset_fingerprint.json"

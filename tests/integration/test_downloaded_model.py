@@ -95,6 +95,12 @@ def test_what_does_not_fit_is_said_before_training(nnunet: Path, downloaded: Pat
             ({"plans_from": 999}, "-plans_from 999: Could not find a dataset with the ID 999")):
         with pytest.raises(TransplantError, match=message):
             split(nnunet, **{"plans_from": downloaded} | changes)
+    plans = downloaded / "plans.json"
+    content = plans.read_text()
+    plans.write_text(json.dumps(json.loads(content) | {"plans_name": "../../mine"}))
+    with pytest.raises(TransplantError, match="no usable plans_name: ../../mine"):
+        split(nnunet, plans_from=downloaded)
+    plans.write_text(content)
     dataset = nnunet / "raw" / OURS / "dataset.json"
     content = dataset.read_text()
     for name, noted in (("ct ", False), ("T1", True)):
