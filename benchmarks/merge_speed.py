@@ -41,6 +41,7 @@ from factory import dataset_json, random_network, small_plans, write_model
 
 from nnunet_transplant import checkpoint
 from nnunet_transplant.architecture import layout
+from nnunet_transplant.files import file_sha256
 from nnunet_transplant.merging import METHODS, merge_folders, write_merge
 from nnunet_transplant.merging.apply import merge_tensors
 
@@ -206,7 +207,7 @@ def merge(folders: Sequence[Path], output: Path) -> None:
 
 def merge_all(folders: Sequence[Path], output: Path, hashed: bool) -> None:
     shutil.rmtree(output, ignore_errors=True)
-    with patch.object(checkpoint, "file_sha256", checkpoint.file_sha256 if hashed else lambda path: "0" * 64):
+    with patch.object(checkpoint, "file_sha256", file_sha256 if hashed else lambda path: "0" * 64):
         write_merge(merge_folders(folders), output)
 
 

@@ -28,11 +28,11 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_transplant.checkpoint import atomic_path, check_output
 from nnunet_transplant.data.cases import Cases, open_cases, open_splits
 from nnunet_transplant.data.images import check_images
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import atomic_path, check_output
 from nnunet_transplant.heads import origin
 from nnunet_transplant.labels import foreground_values, has_regions
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, preprocessing_fields

@@ -3,6 +3,7 @@ from pathlib import Path
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import file_sha256
 from nnunet_transplant.model_folder import CHECKPOINT, check_base, open_models, open_theta_0
 from nnunet_transplant.task_vector import DTYPES, Header, write_task_vector
 
@@ -38,7 +39,7 @@ def extract(model: Path, output: Path, fold: str | None = None, checkpoint_name:
         dataset_json={key: value for key, value in trained.dataset_json.items() if key != "dataset"},
         configuration=trained.configuration, trainer_name=trained.trainer.__name__,
         mirroring_axes=None if trained.mirroring_axes is None else list(trained.mirroring_axes), fold=trained.fold,
-        source={"path": str(trained.path.resolve()), "sha256": checkpoints.file_sha256(trained.path)},
+        source={"path": str(trained.path.resolve()), "sha256": file_sha256(trained.path)},
         dtype=dtype, density=density)
     write_task_vector(trained.tensors(), theta_0, trained.layout.heads, header, output)
     return header

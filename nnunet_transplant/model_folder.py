@@ -10,6 +10,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_transplant import checkpoint as checkpoints
+from nnunet_transplant import files
 from nnunet_transplant.architecture import Layout, check_plans, find_trainer, layout
 from nnunet_transplant.errors import TransplantError, note
 from nnunet_transplant.labels import channel_names, check_dataset_json, same_channels
@@ -247,8 +248,7 @@ def _open_task_vector(path: Path, theta_0: Mapping[str, torch.Tensor] | None, tr
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TransplantError(f"{path.parent} is not a trained nnU-Net model folder: it has no {path.name}")
-    with open(path, "rb") as file:
-        return checkpoints.parse_json(file.read(checkpoints.MOST_TEXT + 1), str(path))
+    return files.read_json(path)
 
 
 def open_theta_0(base: Path | str, checkpoint_name: str = CHECKPOINT, trust: bool = False) -> dict[str, torch.Tensor]:

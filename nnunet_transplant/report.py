@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from nnunet_transplant.checkpoint import MOST_TEXT, atomic_path, file_sha256
 from nnunet_transplant.checkpoint import read as read_checkpoint
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import CSV, DICE_FIGURE, OVERLAYS_FIGURE, TABLE, mean_dice, model_labels
+from nnunet_transplant.files import MOST_TEXT, atomic_path, file_sha256
 from nnunet_transplant.heads import origin
 from nnunet_transplant.labels import channel_names, check_dataset_json, foreground_values
 from nnunet_transplant.merging import METHODS

@@ -16,6 +16,7 @@ import torch
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import parse_json
 
 RECORD = "nnunet_transplant"  # our key in checkpoints, in dataset.json and in the metadata of .safetensors
 
@@ -98,7 +99,7 @@ def read_header(path: Path) -> Header:
     """Raises TransplantError for a file that is no task vector."""
     _, metadata = checkpoints.read_safetensors(path, tensors=False)
     try:
-        header = Header(**checkpoints.parse_json(metadata[RECORD], str(path)))
+        header = Header(**parse_json(metadata[RECORD], str(path)))
         kinds = {"theta_0": str, "plans": dict, "dataset_json": dict, "configuration": str, "trainer_name": str,
                  "fold": str, "source": dict}
         if not all(isinstance(getattr(header, name), kind) for name, kind in kinds.items()):

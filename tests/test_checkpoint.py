@@ -1,10 +1,7 @@
 """Reading checkpoints without trusting them, and writing files and folders whole or not at all."""
 import os
 import pickle
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -89,75 +86,6 @@ def test_same_content_same_bytes_whatever_the_name(tmp_path: Path) -> None:
     for name in ("one.pth", "another_name.pth"):
         checkpoint.write(content, tmp_path / name)
     assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "another_name.pth").read_bytes()
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyError), checkpoint.atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise KeyError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_of_two_writers_of_one_folder_one_wins_whole(tmp_path: Path) -> None:
-    path = tmp_path / "folder"
-    with pytest.raises(TransplantError, match="by somebody else"), checkpoint.atomic_path(path) as temporary:
-        temporary.mkdir()
-        (temporary / "mine").touch()
-        path.mkdir()
-        (path / "theirs").touch()
-    assert [file.name for file in path.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_is_replaced_again_at_once_leaves_no_earlier_one(tmp_path: Path,
-                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the last rename and the clean-up another writer has moved the new folder aside."""
-    path, aside = tmp_path / "folder", tmp_path / f".folder.old.{os.getppid()}.tmp"
-    path.mkdir()
-    (path / "earlier").touch()
-    rename = os.rename
-
-    def rename_and_lose(source: Path, target: Path) -> None:
-        rename(source, target)
-        if target == path:
-            rename(path, aside)
-
-    with monkeypatch.context() as patch, checkpoint.atomic_path(path, replace=True) as temporary:
-        patch.setattr(os, "rename", rename_and_lose)
-        temporary.mkdir()
-        (temporary / "mine").touch()
-    assert list(tmp_path.iterdir()) == [aside]  # what the other one puts back, or removes
-    assert [file.name for file in aside.iterdir()] == ["mine"]
-
-
-def test_a_killed_writer_leaves_nothing_after_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "folder"
-    code = ("import sys, time\nfrom pathlib import Path\nfrom nnunet_transplant.checkpoint import atomic_path\n"
-            "with atomic_path(Path(sys.argv[1])) as folder:\n    folder.mkdir()\n    time.sleep(600)")
-    writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
-    while not list(tmp_path.glob(".folder.*.tmp")):
-        assert writer.poll() is None
-        time.sleep(0.05)
-    with checkpoint.atomic_path(path) as temporary:  # the other one still runs: its folder stays
-        temporary.mkdir()
-        assert len(list(tmp_path.glob(".folder.*.tmp"))) == 2
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
-    with checkpoint.atomic_path(path, replace=True) as temporary:
-        temporary.mkdir()
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_moved_aside_by_a_killed_writer_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "folder"
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (tmp_path / f".folder.old.{gone.pid}.tmp").mkdir()
-    (tmp_path / f".folder.old.{gone.pid}.tmp" / "precious").touch()
-    with pytest.raises(KeyError), checkpoint.atomic_path(path, replace=True):
-        raise KeyError
-    assert [file.name for file in path.iterdir()] == ["precious"] and list(tmp_path.iterdir()) == [path]
 
 
 def test_sha256_depends_on_names_types_shapes_and_values() -> None:

@@ -10,6 +10,7 @@ from factory import base_network, small_plans, write_model
 from nnunet_transplant import checkpoint
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.extract import extract
+from nnunet_transplant.files import file_sha256
 from nnunet_transplant.merging import Recipe, merge_folders, write_merge
 from nnunet_transplant.model_folder import open_models, open_theta_0
 from nnunet_transplant.task_vector import read_header
@@ -109,7 +110,7 @@ def test_files_merge_like_their_models(tmp_path: Path, base: Path, tasks: list[P
         assert from_files.mirroring_axes == (0, 2)
     write_merge({"all": from_files}, tmp_path / "merged")
     inputs = json.loads((tmp_path / "merged" / "merge.json").read_text())["folds"]["all"]["inputs"]
-    assert inputs[1]["path"] == str(files[1]) and inputs[1]["sha256"] == checkpoint.file_sha256(files[1])
+    assert inputs[1]["path"] == str(files[1]) and inputs[1]["sha256"] == file_sha256(files[1])
 
 
 def test_the_file_says_where_it_came_from_and_nothing_of_patients(tmp_path: Path, tasks: list[Path]) -> None:
@@ -122,7 +123,7 @@ def test_the_file_says_where_it_came_from_and_nothing_of_patients(tmp_path: Path
     assert b"secret" not in content and content == (tmp_path / "two.safetensors").read_bytes()
     header = read_header(tmp_path / "one.safetensors")
     path = tasks[0] / "fold_0" / "checkpoint_final.pth"
-    assert header.source == {"path": str(path), "sha256": checkpoint.file_sha256(path)}
+    assert header.source == {"path": str(path), "sha256": file_sha256(path)}
     assert header.dataset_json["labels"] == {"background": 0, "A": 1} and header.configuration == "3d_fullres"
 
 

@@ -20,6 +20,7 @@ from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import aligned, mean_without_nan, model_labels
+from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging.apply import Piece, is_finite
 from nnunet_transplant.merging.merge import check_finite
@@ -115,7 +116,7 @@ def interference(models: Sequence[Path], folds: Sequence[str] | None = None, che
         raise TransplantError(f"-density must be above 0 and at most 1, not {density:g}")
     output = Path(os.path.abspath(output))
     inputs = [*models, *([] if base is None else [base])]
-    checkpoints.check_output(output, inputs, overwrite, JSON, "an earlier analysis of interference")
+    check_output(output, inputs, overwrite, JSON, "an earlier analysis of interference")
     use_our_trainers()
     given = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [open_models(path, folds, checkpoint_name, trust, given) for path in models]
@@ -137,7 +138,7 @@ def interference(models: Sequence[Path], folds: Sequence[str] | None = None, che
             raise TransplantError(f"the base holds NaN or Inf in {block.name}")
 
     result = measure(vectors, task_labels(models, groups), density, check, progress)
-    with checkpoints.atomic_path(output, replace=overwrite) as folder:
+    with atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()
         content = _provenance(opened, result, base, theta_0) | _content(result)
         (folder / JSON).write_text(json.dumps(content, indent=4, allow_nan=False) + "\n", encoding="utf-8")
@@ -227,7 +228,7 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def _provenance(models: Sequence[TrainedModel], result: Interference, base: Path | None,
                 theta_0: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     sha256 = common_theta_0_sha256(models) or checkpoints.tensors_sha256(theta_0)
-    hashes = in_parallel(checkpoints.file_sha256, [model.path for model in models])
+    hashes = in_parallel(file_sha256, [model.path for model in models])
     return {"versions": versions(),
             "base": None if base is None else str(base.resolve()), "theta_0_sha256": sha256,
             "inputs": [{"task": task, "path": str(model.path.resolve()), "sha256": digest, "fold": model.fold,

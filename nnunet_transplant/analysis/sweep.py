@@ -26,11 +26,11 @@ from nnunet_transplant.analysis.search import (
     open_study,
     search,
 )
-from nnunet_transplant.checkpoint import atomic_path, check_output, file_sha256
 from nnunet_transplant.data.cases import Cases
 from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import Target, aligned, find_cases, model_labels, name_targets
+from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging import Method, Recipe, Volumes
 from nnunet_transplant.merging.registry import SEED, find
@@ -163,7 +163,7 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
 
 
 def _check_output(output: Path, models: Sequence[Path], overwrite: bool) -> None:
-    """As `checkpoint.check_output`, but an earlier sweep may be gone on with."""
+    """As `check_output`, but an earlier sweep may be gone on with."""
     marker = next((name for name in (STUDY, SUMMARY) if (output / name).is_file()), STUDY)
     check_output(output, models, overwrite or (output / marker).is_file(), marker, "an earlier sweep")
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnunet_transplant.checkpoint import MOST_TEXT, parse_json
 from nnunet_transplant.cli.common import command_parser, run_command
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import read_json
 from nnunet_transplant.merging import (
     METHODS,
     MergedModel,
@@ -122,10 +122,7 @@ def with_weights_file(args: Namespace) -> Namespace:
     path = Path(files[0][1:])
     if len(args.weights) > 1:
         raise TransplantError("-weights takes either numbers or one @FILE")
-    if not path.is_file():
-        raise TransplantError(f"there is no weights file {path}")
-    with open(path, "rb") as file:
-        found = parse_json(file.read(MOST_TEXT + 1), str(path))
+    found = read_json(path)
     method, parameters, weights, models = (found.get(key) for key in ("method", "parameters", "weights", "models"))
     if not (isinstance(method, str) and isinstance(parameters, dict) and _is_list(models, str)
             and (weights is None or _is_list(weights, (int, float)))):

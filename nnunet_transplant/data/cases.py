@@ -10,8 +10,8 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_transplant.checkpoint import MOST_TEXT, parse_json
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import parse_json, read_json
 from nnunet_transplant.labels import check_dataset_json
 from nnunet_transplant.task_vector import RECORD
 
@@ -69,7 +69,7 @@ def open_cases(dataset: str | int) -> Cases:
     if not path.is_file():
         raise TransplantError(f"-d {dataset}: nnUNet_raw has no dataset {name} ({path} is missing); images and labels "
                               "are read from there")
-    dataset_json = parse_json(_read(path), str(path))
+    dataset_json = read_json(path)
     _check_raw_dataset_json(dataset_json, path)
     if "dataset" not in dataset_json and not (raw / name / "imagesTr").is_dir():
         raise TransplantError(f"{raw / name} has no imagesTr")
@@ -92,11 +92,6 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _read(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(MOST_TEXT + 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Folds
 
@@ -109,7 +104,7 @@ def open_splits(dataset: str) -> Splits | None:
 def read_splits(path: Path) -> Splits:
     """The folds in a splits_final.json, which people write by hand. Raises TransplantError for what is no list of
     folds, each with its lists of cases 'train' and 'val'. Which cases exist is not asked."""
-    folds = parse_json(_read(path), str(path), list)
+    folds = read_json(path, list)
     if not folds:
         raise TransplantError(f"{path} holds no fold")
     for number, fold in enumerate(folds):
@@ -172,7 +167,7 @@ def read_case_list(path: Path) -> list[str]:
     if not path.is_file():
         raise TransplantError(f"-cases: there is no file {path}. Give a file with one case id per line, or a fold of "
                               f"the dataset as train:0 or val:0.")
-    content = _read(path)
+    content = path.read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = content.decode(encoding)

@@ -29,7 +29,6 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
-from nnunet_transplant.checkpoint import atomic_path
 from nnunet_transplant.data.cases import (
     Splits,
     choose_cases,
@@ -43,6 +42,7 @@ from nnunet_transplant.data.cases import (
 )
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import atomic_path
 from nnunet_transplant.labels import Labels, TaskLabels, channel_names, foreground_values, same_channels, task_labels
 from nnunet_transplant.model_folder import open_models, read_json
 from nnunet_transplant.task_vector import RECORD

@@ -13,6 +13,7 @@ from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import changes_network
 from nnunet_transplant.environment import versions
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import (
     JoinedHeads,
     check_head_rows,
@@ -379,7 +380,7 @@ def _provenance(recipe: Recipe, settings: dict[str, Any], weights: Sequence[floa
     sha256 = common_theta_0_sha256(models) if method.align is None else None  # aligned models may have several
     if sha256 is None and theta_0 is not None:
         sha256 = checkpoints.tensors_sha256(theta_0)
-    hashes = in_parallel(checkpoints.file_sha256, [model.path for model in models])
+    hashes = in_parallel(file_sha256, [model.path for model in models])
     return {
         "method": method.name, "reference": method.reference, "parameters": settings,
         "weights": None if recipe.weights is None else list(recipe.weights),
@@ -403,7 +404,7 @@ def write_merge(merged: dict[str, MergedModel], output: Path | str, overwrite: b
     output = Path(output)
     check_merge_output(output, overwrite)
     first = next(iter(merged.values()))
-    with checkpoints.atomic_path(output, replace=overwrite) as folder:
+    with atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()
         _write_json(first.plans, folder / "plans.json")
         _write_json(first.dataset_json, folder / "dataset.json")
@@ -419,7 +420,7 @@ def write_shared(models: Mapping[str, MergedModel], output: Path | str, overwrit
     """Write models that share a part as model folders side by side in one folder: all of them or none."""
     output = Path(output)
     check_merge_output(output, overwrite)
-    with checkpoints.atomic_path(output, replace=overwrite) as folder:
+    with atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()
         for name, model in models.items():
             write_merge({"all": model}, folder / name)
@@ -428,7 +429,7 @@ def write_shared(models: Mapping[str, MergedModel], output: Path | str, overwrit
 
 def check_merge_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
     """Raise TransplantError unless a merged model may be written here."""
-    checkpoints.check_output(output, inputs, overwrite, "merge.json", "a merged model")
+    check_output(output, inputs, overwrite, "merge.json", "a merged model")
 
 
 def _write_fold(model: MergedModel, fold: str, folder: Path) -> None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import file_sha256
 from nnunet_transplant.merging.calibration import Volumes
 from nnunet_transplant.merging.merge import Recipe
 from nnunet_transplant.model_folder import read_json
@@ -33,7 +33,7 @@ class Input:
         for path, sha256 in self.files.items():
             if not path.is_file():
                 raise TransplantError(f"{path}, which was merged, is not there any more")
-            if checkpoints.file_sha256(path) != sha256:
+            if file_sha256(path) != sha256:
                 raise TransplantError(f"{path} has changed since it was merged")
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from factory import base_network, small_plans, write_model
 
-from nnunet_transplant import checkpoint
 from nnunet_transplant.analysis import interference as module
 from nnunet_transplant.analysis.interference import WHOLE, Interference, interference, measure, save_figure, table
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.extract import extract
+from nnunet_transplant.files import file_sha256
 from nnunet_transplant.merging import vectors as blocks_of
 from nnunet_transplant.merging.vectors import TaskVectors, kept
 from nnunet_transplant.model_folder import open_models
@@ -217,7 +217,7 @@ def test_what_is_written(tmp_path: Path, models: list[Path]) -> None:
     assert content["density"] == 0.3 and content["tasks"] == ["A", "B"] and content["base"] is None
     assert content["theta_0_sha256"] == opened[0].theta_0_sha256
     assert content["inputs"] == [
-        {"task": name, "path": str(model.path), "sha256": checkpoint.file_sha256(model.path), "fold": "0",
+        {"task": name, "path": str(model.path), "sha256": file_sha256(model.path), "fold": "0",
          "structures": [name, "more"]} for name, model in zip("AB", opened, strict=True)]
     assert set(content["versions"]) == {"nnunet_transplant", "nnunetv2", "torch"}
     assert [stage["stage"] for stage in content["stages"]] == result.stages[:-1]
@@ -257,7 +257,7 @@ def test_folds_files_and_bases(tmp_path: Path, base: Path, models: list[Path]) -
     assert of_files.tasks == ["liver.v2", "kidney"]
     np.testing.assert_array_equal(of_files.cosine, first.cosine)
     content = json.loads((tmp_path / "files" / "interference.json").read_text())
-    assert content["base"] == str(base) and content["inputs"][1]["sha256"] == checkpoint.file_sha256(files[1])
+    assert content["base"] == str(base) and content["inputs"][1]["sha256"] == file_sha256(files[1])
     assert content["theta_0_sha256"] == json.loads((tmp_path / "first" / "interference.json").read_text())[
         "theta_0_sha256"]
     stock = [write_model(tmp_path / f"stock_{i}", base=base_network(), seed=i, record_base=False) for i in range(2)]

@@ -428,7 +428,7 @@ BAD_WEIGHTS = {
     "no numbers": ({"weights": ["one", 2]}, ["-m", "A", "B"], "is no weights file"),
     "no models": ({"models": None}, ["-m", "A", "B"], "is no weights file"),
     "number and file": ({}, ["-m", "A", "B", "-weights", "@weights.json", "1"], "either numbers or one @FILE"),
-    "no file": ({}, ["-m", "A", "B", "-weights", "@nowhere.json"], "there is no weights file nowhere.json"),
+    "no file": ({}, ["-m", "A", "B", "-weights", "@nowhere.json"], "there is no file nowhere.json"),
     "no json": ({}, ["-m", "A", "B", "-weights", "@A/fold_0/checkpoint_final.pth"], "is not valid JSON"),
 }
 

@@ -12,6 +12,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_transplant import checkpoint
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import file_sha256
 from nnunet_transplant.merging import Recipe, merge_folders, write_merge
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.task_vector import theta_0_path
@@ -154,7 +155,7 @@ def test_what_a_merge_writes(tmp_path: Path, tasks: list[Path]) -> None:
     inputs = json.loads(files["merge.json"])["folds"]["all"]["inputs"]
     for one, task in zip(inputs, tasks, strict=True):
         path = task / "fold_0" / "checkpoint_final.pth"
-        assert one == {"path": str(path), "sha256": checkpoint.file_sha256(path), "fold": "0",
+        assert one == {"path": str(path), "sha256": file_sha256(path), "fold": "0",
                        "group": tasks.index(task), "weight": 0.5, "structures": one["structures"]}
     sources = json.loads(files["dataset.json"])["nnunet_transplant"]
     assert sources["classes"] == {"A": ["A"], "B": ["B"], "C": ["C"]}
