@@ -35,16 +35,16 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.files import atomic_path, check_output
 from nnunet_transplant.heads import origin
 from nnunet_transplant.labels import foreground_values, has_regions
-from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, preprocessing_fields
+from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, preprocessing_fields
 from nnunet_transplant.plotting import Overlay, save_dice_figure, save_overlays_figure, slice_to_show
 from nnunet_transplant.prediction import overflow_explained, predictor, torch_device
+from nnunet_transplant.tables import cases_table, mean_without_nan, means_table, structure_means
 
 Key = int | tuple[int, ...]  # a label or a region of the dataset, as nnU-Net's summary.json names it
 
 CSV, TABLE, SUMMARY, PREDICTIONS = "evaluation.csv", "table.txt", "summary.json", "predictions"
 DICE_FIGURE, OVERLAYS_FIGURE = "dice.png", "overlays.png"
 PER_CASE = "\nDice per case\n"  # the line of table.txt below which every case has its rows
-_TERMINAL = 120  # characters; wider tables number the models
 
 
 class Target(NamedTuple):
@@ -90,7 +90,7 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
     cases = find_cases(dataset, fold)
     target_device = torch_device(device)
     use_our_trainers()
-    labels = model_labels(models)
+    labels = model_labels(models, (CSV, TABLE, DICE_FIGURE, OVERLAYS_FIGURE))
     groups = [open_models(Path(path), None, checkpoint_name, trust) for path in models]
     targets_of, notes = name_targets(labels, groups, cases)
     for label, folds in zip(labels, groups, strict=True):
@@ -137,30 +137,6 @@ def _validation_cases(dataset: str, fold: str | int) -> list[str]:
     if int(fold) >= len(splits):
         raise TransplantError(f"{dataset} has no fold {fold}: its splits_final.json holds folds 0 to {len(splits) - 1}")
     return [str(case) for case in splits[int(fold)]["val"]]
-
-
-def model_labels(models: Iterable[Path]) -> list[str]:
-    """A short, unique name for each model, which is also its folder in the output.
-
-    .../Dataset901_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres gives Dataset901_Liver__nnUNetTrainer, any other folder
-    and a task vector file, its own name. A checkpoint adds its fold: it is alone. Equal names get _2, _3, ...
-    """
-    labels: list[str] = []
-    for model in models:
-        path = Path(os.path.abspath(model))
-        if path.suffix == ".safetensors":  # a task vector file
-            path = path.with_suffix("")
-        folder = path.parent.parent if path.is_file() else path
-        label = folder.name
-        if folder.parent.name.startswith("Dataset") and label.count("__") == 2:
-            label = f"{folder.parent.name}__{label.partition('__')[0]}"
-        if path.is_file():
-            label += f"__{path.parent.name}"
-        # some file systems ignore case
-        taken = {other.lower() for other in (*labels, CSV, TABLE, DICE_FIGURE, OVERLAYS_FIGURE)}
-        candidates = (label, *(f"{label}_{i}" for i in range(2, len(taken) + 3)))
-        labels.append(next(candidate for candidate in candidates if candidate.lower() not in taken))
-    return labels
 
 
 def _check_input(label: str, model: TrainedModel, cases: Cases) -> None:
@@ -377,75 +353,11 @@ def write_summary(per_case: Sequence[dict[str, Any]], targets: Sequence[Target],
                       str(path))
 
 
-def mean_without_nan(values: Iterable[float]) -> float:
-    """The mean without NaN; NaN (and no warning) where nothing is left."""
-    numbers = [value for value in values if not np.isnan(value)]
-    return float(np.mean(numbers)) if numbers else np.nan
-
-
 def _frame(contenders: Sequence[_Contender], scores: dict[str, list[dict[str, Any]]], cases: Cases) -> pd.DataFrame:
     rows = [(contender.label, target.row, case, entry["metrics"][target.key]["Dice"])
             for contender in contenders for target in contender.targets
             for case, entry in zip(cases.files, scores[contender.label], strict=True)]
     return pd.DataFrame(rows, columns=["model", "structure", "case", "dice"])
-
-
-def means_table(frame: pd.DataFrame) -> str:
-    """Mean Dice over the cases: a row for each structure, a column for each model, and below the mean over those
-    structures for which every model has a Dice, so that it compares like with like.
-
-    frame: as `evaluate` returns it. "-" is a structure that a model does not have (or that the dataset cannot score),
-    "nan" one that no case has, neither in the reference nor in the prediction.
-    """
-    models, means = list(frame["model"].unique()), mean_dice(frame)
-    rows = [[structure, *(_cell(of_structure, model) for model in models)] for structure, of_structure in means.items()]
-    return _layout(["structure"], models, rows)
-
-
-def mean_dice(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """The numbers of `means_table`: structure -> model -> mean Dice. "mean of N" is the last, where there is one."""
-    means: dict[str, dict[str, float]] = {structure: {} for structure in frame["structure"].unique()}
-    for (structure, model), mean in frame.groupby(["structure", "model"], sort=False)["dice"].mean().items():
-        means[structure][model] = float(mean)
-    models = list(frame["model"].unique())
-    common = [of_model for of_model in means.values()
-              if not any(np.isnan(of_model.get(model, np.nan)) for model in models)]
-    if common:
-        means[f"mean of {len(common)}"] = {model: float(np.mean([each[model] for each in common])) for model in models}
-    return means
-
-
-def cases_table(frame: pd.DataFrame) -> str:
-    """Dice of every case: a row for each case and structure, a column for each model; cells as in `means_table`."""
-    models = list(frame["model"].unique())
-    dice = frame.set_index(["case", "structure", "model"])["dice"].to_dict()
-    rows = [[case, structure, *(_cell(dice, (case, structure, model)) for model in models)]
-            for case in frame["case"].unique() for structure in frame["structure"].unique()]
-    return _layout(["case", "structure"], models, rows)
-
-
-def _cell(values: Mapping[Any, float], where: Any) -> str:
-    return f"{values[where]:.4f}" if where in values else "-"
-
-
-def _layout(names: list[str], models: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns: the names to the left, the numbers to the right. Where the models' labels would make the table
-    wider than a terminal, they are numbered, with a line for each above the table."""
-    legend = []
-    lines = [[*names, *models], *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    if sum(widths) + 2 * len(widths) > _TERMINAL:
-        numbers = [f"[{i}]" for i in range(1, len(models) + 1)]
-        legend = [f"{number} {model}" for number, model in zip(numbers, models, strict=True)]
-        lines[0] = [*names, *numbers]
-    return "\n".join([*legend, *aligned(lines, len(names))])
-
-
-def aligned(rows: Sequence[Sequence[str]], names: int) -> list[str]:
-    """The lines of a table: the first columns to the left, the numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) if i < names else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,7 +367,7 @@ def _draw_dice(frame: pd.DataFrame, title: str, path: Path) -> None:
     """Bars of what `means_table` holds, with the cases."""
     dice = {where: values.tolist() for where, values in frame.groupby(["structure", "model"], sort=False)["dice"]}
     rows = list(frame["structure"].unique())
-    *_, (last, means) = mean_dice(frame).items()
+    *_, (last, means) = structure_means(frame).items()
     if last not in (*rows, "mean of 1"):  # the mean of one is that one
         rows.append(last)
         dice |= {(last, model): [mean] for model, mean in means.items()}

@@ -1,6 +1,7 @@
 """A trained nnU-Net model folder: open it, check that several can merge, write a new one."""
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,30 @@ def _open_task_vector(path: Path, theta_0: Mapping[str, torch.Tensor] | None, tr
     axes = tuple(header.mirroring_axes) if header.mirroring_axes else None
     return TaskVectorModel(path, header.plans, header.dataset_json, header.configuration, trainer, axes,
                            {"theta_0": header.theta_0}, tensors, header=header, base=theta_0)
+
+
+def model_labels(models: Iterable[Path | str], files: Sequence[str] = ()) -> list[str]:
+    """A short, unique name for each model, which may become a folder beside these files.
+
+    .../Dataset901_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres gives Dataset901_Liver__nnUNetTrainer, any other folder
+    and a task vector file, its own name. A checkpoint adds its fold: it is alone. Equal names get _2, _3, ...
+    """
+    labels: list[str] = []
+    for model in models:
+        path = Path(os.path.abspath(model))
+        if path.suffix == ".safetensors":  # a task vector file
+            path = path.with_suffix("")
+        folder = path.parent.parent if path.is_file() else path
+        label = folder.name
+        if folder.parent.name.startswith("Dataset") and label.count("__") == 2:
+            label = f"{folder.parent.name}__{label.partition('__')[0]}"
+        if path.is_file():
+            label += f"__{path.parent.name}"
+        # some file systems ignore case
+        taken = {other.lower() for other in (*labels, *files)}
+        candidates = (label, *(f"{label}_{i}" for i in range(2, len(taken) + 3)))
+        labels.append(next(candidate for candidate in candidates if candidate.lower() not in taken))
+    return labels
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import pandas as pd
 
 from nnunet_transplant.checkpoint import read as read_checkpoint
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.evaluation import CSV, DICE_FIGURE, OVERLAYS_FIGURE, TABLE, mean_dice, model_labels
+from nnunet_transplant.evaluation import CSV, DICE_FIGURE, OVERLAYS_FIGURE, TABLE
 from nnunet_transplant.files import MOST_TEXT, atomic_path, file_sha256
 from nnunet_transplant.heads import origin
 from nnunet_transplant.labels import channel_names, check_dataset_json, foreground_values
 from nnunet_transplant.merging import METHODS
-from nnunet_transplant.model_folder import CHECKPOINT, read_json
+from nnunet_transplant.model_folder import CHECKPOINT, model_labels, read_json
+from nnunet_transplant.tables import structure_means
 from nnunet_transplant.task_vector import RECORD
 
 GENERATOR = "nnunet_transplant_report"
@@ -239,7 +240,7 @@ def _scores(evaluations: Sequence[Path], name: str) -> tuple[str, str]:
     parts = []
     for folder in map(Path, evaluations):
         frame, lines = read_scores(folder), _read_text(folder / TABLE).splitlines()
-        means, models = mean_dice(frame), list(frame["model"].unique())
+        means, models = structure_means(frame), list(frame["model"].unique())
         rows = [(structure, *(_dice(of_structure, model, models) for model in models))
                 for structure, of_structure in means.items()]
         parts.append(f"<h3>{_words(lines[0] if lines else folder.name)}</h3>")

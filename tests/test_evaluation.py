@@ -22,11 +22,8 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import (
     Cases,
     Target,
-    cases_table,
     evaluate,
     match_structures,
-    means_table,
-    model_labels,
     name_targets,
     reference_key,
     score,
@@ -165,54 +162,6 @@ def test_rows_are_shared_by_what_is_scored_against_the_same_labels() -> None:
     assert notes == ["note: Heart of b not scored: Dataset001_Test has no such label"]
     with pytest.raises(TransplantError, match="x has no structure of Dataset001_Test: it has Heart, the dataset liver"):
         name_targets(["x"], [[model({"background": 0, "Heart": 1})]], cases(ORGANS))
-
-
-# Names of models
-
-def test_model_labels_are_short_and_unique(tmp_path: Path) -> None:
-    standard = "nnUNetTrainerStable__nnUNetPlans__3d_fullres"
-    folders = [tmp_path / "Dataset901_Liver" / standard, tmp_path / "other" / "Dataset901_Liver" / standard,
-               tmp_path / "merged", tmp_path / "x" / "MERGED", tmp_path / "x" / standard, tmp_path / "table.txt",
-               tmp_path / "Dice.png"]
-    checkpoint = folders[0] / "fold_1" / "checkpoint_best.pth"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
-    assert model_labels([*folders, checkpoint, tmp_path / "x" / ".." / "merged"]) == [
-        "Dataset901_Liver__nnUNetTrainerStable", "Dataset901_Liver__nnUNetTrainerStable_2", "merged", "MERGED_2",
-        standard, "table.txt_2", "Dice.png_2", "Dataset901_Liver__nnUNetTrainerStable__fold_1", "merged_3"]
-
-
-# Tables
-
-def frame(rows: list[tuple]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["model", "structure", "case", "dice"])
-
-
-def test_tables() -> None:
-    scores = frame([("A", "liver", "c1", 0.5), ("A", "liver", "c2", np.nan), ("A", "spleen", "c1", 0.25),
-                    ("A", "spleen", "c2", 0.75), ("A", "rare", "c1", np.nan), ("A", "rare", "c2", np.nan),
-                    ("B", "liver", "c1", 1.0), ("B", "liver", "c2", 0.0), ("B", "rare", "c1", 0.0),
-                    ("B", "rare", "c2", np.nan)])
-    assert [line.split() for line in means_table(scores).splitlines()] == [
-        ["structure", "A", "B"], ["liver", "0.5000", "0.5000"], ["spleen", "0.5000", "-"], ["rare", "nan", "0.0000"],
-        ["mean", "of", "1", "0.5000", "0.5000"]]
-    assert [line.split() for line in cases_table(scores).splitlines()] == [
-        ["case", "structure", "A", "B"], ["c1", "liver", "0.5000", "1.0000"], ["c1", "spleen", "0.2500", "-"],
-        ["c1", "rare", "nan", "0.0000"], ["c2", "liver", "nan", "0.0000"], ["c2", "spleen", "0.7500", "-"],
-        ["c2", "rare", "nan", "nan"]]
-
-
-def test_models_without_a_common_structure_have_no_mean() -> None:
-    table = means_table(frame([("A", "liver", "c1", 0.5), ("B", "spleen", "c1", 0.5)]))
-    assert "mean" not in table and len(table.splitlines()) == 3
-
-
-def test_wide_tables_number_the_models() -> None:
-    names = [f"Dataset90{i}_AnOrganWithAName__nnUNetTrainerTaskVector" for i in range(4)]
-    lines = means_table(frame([(name, "liver", "c1", 0.5) for name in names])).splitlines()
-    assert lines[:4] == [f"[{i}] {name}" for i, name in enumerate(names, 1)]
-    assert lines[4].split() == ["structure", "[1]", "[2]", "[3]", "[4]"]
-    assert max(map(len, lines)) < 120
 
 
 # Whole evaluations, with random weights

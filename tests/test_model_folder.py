@@ -17,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_transplant.errors import TransplantError, TransplantNote
 from nnunet_transplant.extract import extract
 from nnunet_transplant.merging import Recipe, merge_folders, write_merge
-from nnunet_transplant.model_folder import _TURNED, check_mergeable, open_models
+from nnunet_transplant.model_folder import _TURNED, check_mergeable, model_labels, open_models
 
 
 def changed(model: Path, fold: str = "0", **changes: Any) -> Path:
@@ -105,6 +105,20 @@ def test_paths_may_be_strings(tmp_path: Path) -> None:
     assert open_models(str(tmp_path / "merged"))[0].fold == "all"
     record = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert record["folds"]["all"]["base"] == theta_0
+
+
+def test_model_labels_are_short_and_unique(tmp_path: Path) -> None:
+    standard = "nnUNetTrainerStable__nnUNetPlans__3d_fullres"
+    folders = [tmp_path / "Dataset901_Liver" / standard, tmp_path / "other" / "Dataset901_Liver" / standard,
+               tmp_path / "merged", tmp_path / "x" / "MERGED", tmp_path / "x" / standard, tmp_path / "table.txt",
+               tmp_path / "Dice.png"]
+    checkpoint = folders[0] / "fold_1" / "checkpoint_best.pth"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    files = ("table.txt", "dice.png")  # beside which they become folders
+    assert model_labels([*folders, checkpoint, tmp_path / "x" / ".." / "merged"], files) == [
+        "Dataset901_Liver__nnUNetTrainerStable", "Dataset901_Liver__nnUNetTrainerStable_2", "merged", "MERGED_2",
+        standard, "table.txt_2", "Dice.png_2", "Dataset901_Liver__nnUNetTrainerStable__fold_1", "merged_3"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

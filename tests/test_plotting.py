@@ -19,7 +19,7 @@ def test_drawing_needs_no_pyplot() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_of_the_package_imports_it() -> None:
+def test_nothing_of_the_package_imports_it_or_switches_the_backend() -> None:
     package = Path(nnunet_transplant.__file__).parent
-    assert not [path for path in package.rglob("*.py") if "import matplotlib.pyplot" in path.read_text()
-                or "from matplotlib import pyplot" in path.read_text()]
+    switches = ("import matplotlib.pyplot", "from matplotlib import pyplot", "matplotlib.use(")
+    assert not [path for path in package.rglob("*.py") if any(words in path.read_text("utf-8") for words in switches)]

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.evaluation import aligned, mean_without_nan, model_labels
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging.apply import Piece, is_finite
@@ -33,10 +32,12 @@ from nnunet_transplant.model_folder import (
     check_mergeable,
     common_theta_0,
     common_theta_0_sha256,
+    model_labels,
     open_models,
     open_theta_0,
 )
 from nnunet_transplant.plotting import save_interference_figure
+from nnunet_transplant.tables import aligned_lines, mean_without_nan
 
 JSON, CSV, FIGURE, TABLE = "interference.json", "interference.csv", "interference.png", "table.txt"
 WHOLE = "whole network"
@@ -273,11 +274,11 @@ def table(result: Interference) -> str:
         f"large      the {100 * result.density:g} % largest entries of each task vector",
         "conflict   of the entries large in both tasks, the share with opposite signs",
         "overlap    entries large in both tasks / large in either; chance: if they were drawn independently", "",
-        *aligned(tasks, 2), "", "Pairs, whole network", *aligned(pairs, 1), "",
+        *aligned_lines(tasks, 2), "", "Pairs, whole network", *aligned_lines(pairs, 1), "",
         "Stages: share of each task's squared norm" + (
             "; means over the pairs; conflict among the entries large in two tasks or more"
             if len(result.pairs) > 1 else ""),
-        *aligned(stages, 1)])
+        *aligned_lines(stages, 1)])
 
 
 def _cell(value: float, digits: int = 4) -> str:

@@ -29,14 +29,15 @@ from nnunet_transplant.analysis.search import (
 from nnunet_transplant.data.cases import Cases
 from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.evaluation import Target, aligned, find_cases, model_labels, name_targets
+from nnunet_transplant.evaluation import Target, find_cases, name_targets
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging import Method, Recipe, Volumes
 from nnunet_transplant.merging.registry import SEED, find
-from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, open_theta_0
+from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, open_theta_0
 from nnunet_transplant.plotting import save_front_figure, save_maps_figure, save_slices_figure
 from nnunet_transplant.prediction import torch_device
+from nnunet_transplant.tables import aligned_lines
 
 SUMMARY, WEIGHTS, CSV, TABLE, FIGURE = "sweep.json", "weights.json", "sweep.csv", "table.txt", "sweep.png"
 FRONT_CSV, FRONT_FIGURE = "pareto.csv", "pareto.png"
@@ -326,8 +327,8 @@ def table(found: Mapping[str, Any]) -> str:
         f"Sweep of {found['method']}{head} on {found['dataset']}, {of_fold}: {found['evaluations']} merges ({how}), "
         f"{found['seconds_per_evaluation']:.3g} s each",
         f"Dice at the resolution of preprocessing; tuned on {len(cases['tuning'])} case"
-        f"{'s' * (len(cases['tuning']) > 1)}, {reported}", "", *aligned(lines, 1), "", *aligned(coefficients, 1),
-        *found["notes"]])
+        f"{'s' * (len(cases['tuning']) > 1)}, {reported}", "", *aligned_lines(lines, 1), "",
+        *aligned_lines(coefficients, 1), *found["notes"]])
 
 
 def _number(value: float | None) -> str:
