@@ -207,7 +207,7 @@ def merge(folders: Sequence[Path], output: Path) -> None:
 
 def merge_all(folders: Sequence[Path], output: Path, hashed: bool) -> None:
     shutil.rmtree(output, ignore_errors=True)
-    with patch.object(checkpoint, "file_sha256", file_sha256 if hashed else lambda path: "0" * 64):
+    with patch("nnunet_transplant.merging.merge.file_sha256", file_sha256 if hashed else lambda path: "0" * 64):
         write_merge(merge_folders(folders), output)
 
 

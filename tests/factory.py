@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import SimpleITK
 import torch
 from commands import fork_command
@@ -143,6 +144,11 @@ def write_narrow_plans(path: Path, *configurations: str, residual: bool = False)
         plans["configurations"][configuration] |= {key: narrow[key] for key in (
             "architecture", "patch_size", "batch_size")}
     path.write_text(json.dumps(plans))
+
+
+def dice_frame(rows: list[tuple]) -> pd.DataFrame:
+    """As `evaluate` returns it."""
+    return pd.DataFrame(rows, columns=["model", "structure", "case", "dice"])
 
 
 def write_json(path: Path, content: object) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import SimpleITK
 import torch
-from factory import small_plans, write_model
+from factory import dice_frame, small_plans, write_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2, load_summary_json
@@ -330,7 +330,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_bars_are_the_means_and_dots_the_cases(tmp_path: Path, figures: list) -> None:
-    scores = frame([("A", "liver", "c1", 0.5), ("A", "liver", "c2", np.nan), ("A", "liver", "c3", 0.9),
+    scores = dice_frame([("A", "liver", "c1", 0.5), ("A", "liver", "c2", np.nan), ("A", "liver", "c3", 0.9),
                     ("B", "liver", "c1", 1.0), ("B", "liver", "c2", 0.0), ("B", "liver", "c3", 0.2),
                     ("B", "rare", "c1", np.nan), ("B", "rare", "c2", np.nan), ("B", "rare", "c3", np.nan),
                     ("B", "spleen", "c1", 0.1), ("B", "spleen", "c2", 0.2), ("B", "spleen", "c3", 0.6),

@@ -1,16 +1,12 @@
 """Tables of Dice against ones made by hand."""
 import numpy as np
-import pandas as pd
+from factory import dice_frame
 
 from nnunet_transplant.tables import cases_table, means_table
 
 
-def frame(rows: list[tuple]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["model", "structure", "case", "dice"])
-
-
 def test_tables() -> None:
-    scores = frame([("A", "liver", "c1", 0.5), ("A", "liver", "c2", np.nan), ("A", "spleen", "c1", 0.25),
+    scores = dice_frame([("A", "liver", "c1", 0.5), ("A", "liver", "c2", np.nan), ("A", "spleen", "c1", 0.25),
                     ("A", "spleen", "c2", 0.75), ("A", "rare", "c1", np.nan), ("A", "rare", "c2", np.nan),
                     ("B", "liver", "c1", 1.0), ("B", "liver", "c2", 0.0), ("B", "rare", "c1", 0.0),
                     ("B", "rare", "c2", np.nan)])
@@ -24,13 +20,13 @@ def test_tables() -> None:
 
 
 def test_models_without_a_common_structure_have_no_mean() -> None:
-    table = means_table(frame([("A", "liver", "c1", 0.5), ("B", "spleen", "c1", 0.5)]))
+    table = means_table(dice_frame([("A", "liver", "c1", 0.5), ("B", "spleen", "c1", 0.5)]))
     assert "mean" not in table and len(table.splitlines()) == 3
 
 
 def test_wide_tables_number_the_models() -> None:
     names = [f"Dataset90{i}_AnOrganWithAName__nnUNetTrainerTaskVector" for i in range(4)]
-    lines = means_table(frame([(name, "liver", "c1", 0.5) for name in names])).splitlines()
+    lines = means_table(dice_frame([(name, "liver", "c1", 0.5) for name in names])).splitlines()
     assert lines[:4] == [f"[{i}] {name}" for i, name in enumerate(names, 1)]
     assert lines[4].split() == ["structure", "[1]", "[2]", "[3]", "[4]"]
     assert max(map(len, lines)) < 120
