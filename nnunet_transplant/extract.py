@@ -8,8 +8,9 @@ from nnunet_transplant.model_folder import CHECKPOINT, check_base, open_models, 
 from nnunet_transplant.task_vector import DTYPES, Header, write_task_vector
 
 
-def extract(model: Path, output: Path, fold: str | None = None, checkpoint_name: str = CHECKPOINT,
-            base: Path | None = None, dtype: str = "float32", density: float = 1.0, trust: bool = False) -> Header:
+def extract(model: Path | str, output: Path | str, fold: str | None = None, checkpoint_name: str = CHECKPOINT,
+            base: Path | str | None = None, dtype: str = "float32", density: float = 1.0,
+            trust: bool = False) -> Header:
     """Write tau = theta - theta_0 and the heads of one trained fold as .safetensors; returns what the file says.
 
     base: theta_0 where the model does not record it. Where it does, it must be that one.
@@ -17,6 +18,7 @@ def extract(model: Path, output: Path, fold: str | None = None, checkpoint_name:
     density: share of tau's entries to store, the largest in magnitude.
     Raises TransplantError for a model of several folds, an unknown or another base, a wrong density or file name.
     """
+    output = Path(output)
     if output.suffix != ".safetensors":
         raise TransplantError(f"-o must end in .safetensors, not {output.name}")
     if dtype not in DTYPES:

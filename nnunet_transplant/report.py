@@ -68,8 +68,8 @@ ANALYSES = {
 }
 
 
-def write_report(model: Path, output: Path, evaluations: Sequence[Path] = (),
-                 analyses: Mapping[str, Path] | None = None, overwrite: bool = False) -> None:
+def write_report(model: Path | str, output: Path | str, evaluations: Sequence[Path | str] = (),
+                 analyses: Mapping[str, Path | str] | None = None, overwrite: bool = False) -> None:
     """Write the page about a merged model folder.
 
     evaluations: folders of nnunet_transplant_evaluate. analyses: folders by their kind (ANALYSES).
@@ -77,8 +77,9 @@ def write_report(model: Path, output: Path, evaluations: Sequence[Path] = (),
     Raises TransplantError for a folder without merge.json or with one of several models, evaluations and analyses that
     hold nothing to show, and an existing output.
     """
+    output = Path(output)
     _check_output(output, overwrite)
-    text = page(model, evaluations, analyses or {})
+    text = page(Path(model), [*map(Path, evaluations)], {kind: Path(path) for kind, path in (analyses or {}).items()})
     with atomic_path(output) as temporary:
         # names of files may hold bytes that are no UTF-8
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -17,7 +17,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_transplant.errors import TransplantError, TransplantNote
 from nnunet_transplant.extract import extract
 from nnunet_transplant.merging import Recipe, merge_folders, write_merge
+from nnunet_transplant.merging.repeat import read_merge
 from nnunet_transplant.model_folder import _TURNED, check_mergeable, model_labels, open_models
+from nnunet_transplant.report import write_report
 
 
 def changed(model: Path, fold: str = "0", **changes: Any) -> Path:
@@ -103,6 +105,9 @@ def test_paths_may_be_strings(tmp_path: Path) -> None:
     theta_0 = str(next((tmp_path / "a").glob("theta_0*")))
     write_merge(merge_folders(models, base=theta_0, recipe=Recipe("ties")), str(tmp_path / "merged"))
     assert open_models(str(tmp_path / "merged"))[0].fold == "all"
+    extract(models[0], str(tmp_path / "a.safetensors"), base=theta_0)
+    write_report(str(tmp_path / "merged"), str(tmp_path / "report.html"))
+    assert read_merge(str(tmp_path / "merged")).base == Path(theta_0)
     record = json.loads((tmp_path / "merged" / "merge.json").read_text())
     assert record["folds"]["all"]["base"] == theta_0
 

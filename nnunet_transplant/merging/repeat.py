@@ -57,8 +57,9 @@ class Earlier:
         return Earlier(kept, self.recipe, self.base, self.per_fold)
 
 
-def read_merge(folder: Path) -> Earlier:
+def read_merge(folder: Path | str) -> Earlier:
     """The merge that wrote this model folder. Raises TransplantError where its merge.json is missing or damaged."""
+    folder = Path(folder)
     content = read_json(folder / "merge.json")
     try:
         folds = list(content["folds"].values())
