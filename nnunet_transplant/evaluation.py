@@ -93,8 +93,11 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
     labels = model_labels(models, (CSV, TABLE, DICE_FIGURE, OVERLAYS_FIGURE))
     groups = [open_models(Path(path), None, checkpoint_name, trust) for path in models]
     targets_of, notes = name_targets(labels, groups, cases)
+    checked: list[dict[str, Any]] = []
     for label, folds in zip(labels, groups, strict=True):
-        _check_input(label, folds[0], cases)
+        if (how := _how_preprocessed(folds[0])) not in checked:  # the images are asked once for all that read alike
+            _check_input(label, folds[0], cases)
+            checked.append(how)
     contenders = [_Contender(label, folds, targets, predictor(folds, target_device, step_size, mirroring,
                                                               progress_bar=False))
                   for label, folds, targets in zip(labels, groups, targets_of, strict=True)]

@@ -346,7 +346,8 @@ def check_mergeable(models: Sequence[TrainedModel], same_base: bool = True, chan
         ours, theirs = preprocessing_fields(first, channels), preprocessing_fields(other, channels)
         rows = [(field, ours.get(field), theirs.get(field)) for field in ours | theirs
                 if not _agree(field, ours.get(field), theirs.get(field))]
-        named = any(row[0] == "channels" for row in rows) and len(ours["channels"]) == len(theirs["channels"])
+        named = channels and any(row[0] == "channels" for row in rows) and len(ours["channels"]) == len(
+            theirs["channels"])
         body = {name: first.layout.shapes[name] for name in first.layout.body}
         other_body = {name: other.layout.shapes[name] for name in other.layout.body}
         rows += [(name, body.get(name, "none"), other_body.get(name, "none")) for name in body | other_body

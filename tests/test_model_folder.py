@@ -222,9 +222,10 @@ def test_same_channels_is_recorded_and_repeated(tmp_path: Path, run: Callable) -
 def test_more_channels_of_other_names_are_no_matter_of_names(tmp_path: Path) -> None:
     models = [open_models(write_model(tmp_path / name, channel_names=names))[0]
               for name, names in (("one", {"0": "MRI"}), ("two", {"0": "T1", "1": "T2"}))]
-    with pytest.raises(TransplantError) as raised:
-        check_mergeable(models)
-    assert "--same_channels" not in str(raised.value)
+    for channels in (True, False):
+        with pytest.raises(TransplantError, match="cannot merge; they differ in") as raised:
+            check_mergeable(models, channels=channels)
+        assert "--same_channels" not in str(raised.value)
 
 
 def test_readers_that_agree_are_those_that_read_the_same(tmp_path: Path) -> None:

@@ -164,7 +164,10 @@ def recipe_from(args: Namespace, start: Recipe) -> Recipe:
 def merge_from(args: Namespace, per_fold: bool = False) -> dict[str, MergedModel]:
     """The merge that the arguments of `add_merge_arguments` ask for."""
     use_our_trainers()
-    earlier = Earlier([], Recipe(), None, False) if args.earlier is None else read_merge(args.earlier)
+    earlier = Earlier([], Recipe(), None) if args.earlier is None else read_merge(args.earlier)
+    if earlier.per_fold and getattr(args, "out_fold", None) is not None:
+        raise TransplantError("-out_fold names the one fold that is written; that earlier merge has several: "
+                              + " ".join(earlier.folds))
     kept = earlier.without(args.drop)
     recipe = recipe_from(args, earlier.recipe)
     if args.weights is None and recipe.weights is not None and (args.m or args.drop):
@@ -197,7 +200,7 @@ def _open(args: Namespace, kept: Earlier, theta_0: dict | None) -> list[list[Tra
 def run(args: Namespace) -> None:
     if args.show_spec:
         use_our_trainers()
-        model = _open(args, Earlier([], Recipe(), None, False), None)[0][0]
+        model = _open(args, Earlier([], Recipe(), None), None)[0][0]
         print(network_spec(model, model.trainer).text())
         return
     if args.o is None:
@@ -211,10 +214,7 @@ def run(args: Namespace) -> None:
         print(f"wrote {', '.join(str(args.o / name) for name in merged)}")
         return
     if args.out_fold is not None:
-        if len(merged) > 1:
-            raise TransplantError(f"-out_fold names the one fold that is written; that earlier merge has several: "
-                                  f"{' '.join(merged)}")
-        merged = {str(args.out_fold): next(iter(merged.values()))}
+        merged = {str(args.out_fold): merged["all"]}
     write_merge(merged, args.o, args.overwrite)
     for model in merged.values():
         report(model)

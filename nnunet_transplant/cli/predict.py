@@ -40,8 +40,7 @@ def add_predict_arguments(parser: ArgumentParser) -> None:
                         help="processes for preprocessing; default 3. With -npp 0 -nps 0 none are started")
     parser.add_argument("-nps", type=int, default=_getDefaultValue("nnUNet_nps", int, 3),
                         help="processes for export; default 3")
-    parser.add_argument("-prev_stage_predictions", type=Path, metavar="FOLDER",
-                        help="for cascades: the previous stage's output")
+    parser.add_argument("-prev_stage_predictions", metavar="FOLDER", help="for cascades: the previous stage's output")
     parser.add_argument("-num_parts", type=int, default=1, help="in how many calls the cases are predicted; default 1")
     parser.add_argument("-part_id", type=int, default=0, help="which of these calls this is, from 0")
     parser.add_argument("-device", default="cuda", help="cuda (default), cpu or mps")
@@ -60,17 +59,16 @@ def run(args: Namespace) -> None:
         report(model)
     nnunet = predictor(merged, device, args.step_size, not args.disable_tta, not args.not_on_device, args.verbose,
                        not args.disable_progress_bar)
-    cascaded = nnunet.configuration_manager.previous_stage_name is not None
-    if cascaded and args.prev_stage_predictions is None:
+    if nnunet.configuration_manager.previous_stage_name is not None and not args.prev_stage_predictions:
         raise TransplantError("this is the second stage of a cascade: give -prev_stage_predictions")
     cases = find_cases(args.i, nnunet)
     ending = nnunet.dataset_json["file_ending"]
     names = [case_name(files, ending) for files in cases]
-    if args.prev_stage_predictions is not None:
-        check_previous_stage(args.prev_stage_predictions, names[args.part_id::args.num_parts], ending)
+    if args.prev_stage_predictions:
+        check_previous_stage(Path(args.prev_stage_predictions), names[args.part_id::args.num_parts], ending)
     args.o.mkdir(parents=True, exist_ok=True)
     options = {"save_probabilities": args.save_probabilities, "overwrite": not args.continue_prediction,
-               "folder_with_segs_from_prev_stage": args.prev_stage_predictions and str(args.prev_stage_predictions)}
+               "folder_with_segs_from_prev_stage": args.prev_stage_predictions}
     with overflow_explained():
         if args.npp == 0 and args.nps == 0:
             part = slice(args.part_id, None, args.num_parts)

@@ -42,9 +42,9 @@ from nnunet_transplant.data.cases import (
 )
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.files import atomic_path
+from nnunet_transplant.files import atomic_path, read_json
 from nnunet_transplant.labels import Labels, TaskLabels, channel_names, foreground_values, same_channels, task_labels
-from nnunet_transplant.model_folder import open_models, read_json
+from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.task_vector import RECORD
 
 RESERVED = ("background", "ignore")  # label names with a meaning of their own in nnU-Net
@@ -231,7 +231,7 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
 
     splits_file = preprocessed_root / parent / "splits_final.json"
     parent_splits = open_splits(parent)
-    splits = parent_splits or new_splits(list(files))
+    all_splits = splits = parent_splits or new_splits(list(files))
     chosen, new_split = sorted(files), False
     if cases is not None:
         chosen = choose_cases(cases, list(files), splits)
@@ -252,7 +252,7 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
         _for_each_case(work, {case: files[case] for case in chosen}, num_processes, show_progress)
     if parent_splits is None:
         notes.append(f"{parent} had no splits_final.json: made nnU-Net's own five folds"
-                     + (f" and wrote them to {splits_file}." if _offer(new_splits(list(files)), splits_file) else "."))
+                     + (f" and wrote them to {splits_file}." if _offer(all_splits, splits_file) else "."))
     if new_split:
         notes.append(f"The chosen cases leave a fold of {parent} without training or validation cases: made a new "
                      f"split of the {len(chosen)} chosen cases, the same for all tasks.")

@@ -1,6 +1,6 @@
 """Read merge.json: repeat a merge, with a task more or less."""
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,11 @@ class Earlier:
     inputs: list[Input]
     recipe: Recipe
     base: Path | None
-    per_fold: bool
+    folds: Sequence[str] = ("all",)  # that were written; several where fold k was merged with fold k
+
+    @property
+    def per_fold(self) -> bool:
+        return len(self.folds) > 1
 
     def without(self, names: Sequence[str]) -> "Earlier":
         """The same with some of its models dropped. Raises TransplantError for a name that is none of theirs."""
@@ -54,7 +58,7 @@ class Earlier:
                 known = sorted(min(each.names, key=len) for each in kept)
                 raise TransplantError(f"-drop {name}: the merge has no such model (it has {', '.join(known)})")
             kept = [each for each in kept if each not in meant]
-        return Earlier(kept, self.recipe, self.base, self.per_fold)
+        return replace(self, inputs=kept)
 
 
 def read_merge(folder: Path | str) -> Earlier:
@@ -66,7 +70,8 @@ def read_merge(folder: Path | str) -> Earlier:
         rows = [row for fold in folds for row in fold["inputs"]]
         inputs = [_input([row for row in rows if row["group"] == group], len(folds))
                   for group in dict.fromkeys(row["group"] for row in rows)]
-        return Earlier(inputs, _recipe(folds[0]), Path(folds[0]["base"]) if folds[0]["base"] else None, len(folds) > 1)
+        return Earlier(inputs, _recipe(folds[0]), Path(folds[0]["base"]) if folds[0]["base"] else None,
+                       [str(fold) for fold in content["folds"]])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise TransplantError(f"{folder / 'merge.json'} is not the record of a merge") from error
 
