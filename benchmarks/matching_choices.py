@@ -10,7 +10,7 @@ every second of the 40 test cases, which the choice is made on, and on the other
 """
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest.mock import patch
 
@@ -71,19 +71,27 @@ def main() -> None:
     for name in args.networks:
         trainer, plans, seeds = NETWORKS[name]
         folder = run.model(DATASET, trainer, plans)
-        for fold in FOLDS:
+        for fold in (*FOLDS, ALL):
             run(folder / f"fold_{fold}" / "checkpoint_final.pth",
                 f"nnUNetv2_train {DATASET} 3d_fullres {fold} -tr {trainer} -p {plans} -device cpu")
-        table = measure([open_models(folder, [str(fold)])[0] for fold in FOLDS], seeds)
+        *models, joint = open_models(folder, [str(fold) for fold in (*FOLDS, ALL)])
+        table = measure(models, joint, seeds)
         print(f"\n{name}\n{table.to_string(float_format='{:.3f}'.format)}", flush=True)
 
 
-def measure(models: list[TrainedModel], seeds: int) -> pd.DataFrame:
+def measure(models: list[TrainedModel], joint: TrainedModel, seeds: int) -> pd.DataFrame:
+    """joint: the model of all training cases."""
     work = _Work([[model] for model in models], Recipe("mudsc_align", volumes=Volumes([4], 6, f"train:{ALL}")), None,
                  progress=False)
     score = scorer(models)
     lessons = ensemble_lessons(work.calibration, work.joined)
     rows: dict[str, list[float]] = {}
+
+    def with_and_without_fit(tensors: Mapping[str, torch.Tensor]) -> list[float]:
+        network = work.calibration.merged_network(tensors)
+        unfitted = score([network.state_dict()])
+        teach_head(work.calibration, network, lessons)  # in place
+        return [*unfitted, *score([network.state_dict()])]
 
     def merge(name: str, solver: Solver, alpha: float, weights: str, pearson: bool = True,
               patience: int | None = None, seeds: int = 1) -> None:
@@ -91,15 +99,13 @@ def measure(models: list[TrainedModel], seeds: int) -> pd.DataFrame:
         for seed in range(seeds):
             with patch.object(dual, "WeightSimilarity", WEIGHTS[weights]):
                 together = put_together(work.unaligned, work.calibration, solver, alpha, seed, pearson, patience)
-            network = work.calibration.merged_network(work.merged(together.tensors))
-            unfitted = score([network.state_dict()])
-            teach_head(work.calibration, network, lessons)  # in place
-            found.append([*unfitted, *score([network.state_dict()])])
+            found.append(with_and_without_fit(work.merged(together.tensors)))
             print(name, seed, *(f"{value:.3f}" for value in found[-1]), flush=True)
         rows[name] = np.mean(found, axis=0).tolist()
 
     for fold, model in zip(FOLDS, models, strict=True):
-        rows[f"fold {fold}"] = [*score([model.state_dict()]), np.nan, np.nan]
+        rows[f"fold {fold}"] = with_and_without_fit(model.tensors())
+    rows["all cases"] = [*score([joint.state_dict()]), np.nan, np.nan]
     rows["ensemble"] = [*score([model.state_dict() for model in models]), np.nan, np.nan]
     for weights in WEIGHTS:
         merge(f"rebasin, {weights}", aligned(False), 1.0, weights, pearson=False, patience=1, seeds=seeds)

@@ -10,6 +10,7 @@ predicting the classes' frequencies. On patches of the test cases: every eighth 
 import argparse
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ from folds import ALL, DATASET, TASKS, WHOLE
 from steps import Steps
 
 from nnunet_transplant.heads import join, merged_dataset_json
-from nnunet_transplant.merging import METHODS, MergedModel, Recipe, Volumes, merge_groups
+from nnunet_transplant.merging import METHODS, Recipe, Volumes, merge_groups
 from nnunet_transplant.merging.align import Unaligned
 from nnunet_transplant.merging.calibration import IGNORED, Calibration, open_calibration
 from nnunet_transplant.model_folder import TrainedModel, open_models
@@ -26,6 +27,7 @@ from nnunet_transplant.plotting import save_barrier_figure
 
 LOOK = Volumes([4], 6, f"train:{ALL}")
 TEST = Volumes([4], 40, f"val:{ALL}")
+FITTED = ("average", "zipit", "mudsc_zip")  # with fitted heads, too; the average has a weight for the first model only
 TRIED = ("average", "rebasin", "activation_align", "mudsc_align", "weight_zip", "zipit", "mudsc_zip")
 
 
@@ -36,8 +38,9 @@ def opened(models: list[TrainedModel], volumes: Volumes) -> Calibration:
                             models[0].trainer, progress=True)
 
 
-def canonical(merged: MergedModel, like: TrainedModel) -> dict[str, torch.Tensor]:
-    return {name: merged.weights[name] for name in like.layout.names}
+def merged_tensors(models: list[TrainedModel], recipe: Recipe) -> dict[str, torch.Tensor]:
+    merged = merge_groups([[model] for model in models], recipe, progress=True)["all"]
+    return {name: merged.weights[name] for name in models[0].layout.names}
 
 
 def predicted(test: Calibration, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,10 +101,17 @@ def tasks(run: Steps) -> None:
         logits, labels = predicted(replace(alone, patches=alone.patches[::2]), model.tensors())
         expert.append((loss(logits, labels), frequency_loss(labels), dice(logits, labels, 1)))
     rows = {"experts": {f"{name} Dice": expert[i][2] for i, name in enumerate(TASKS.values())}}
+    joint = open_models(run.model(DATASET, WHOLE), [str(ALL)])[0]
+    tried = {"trained jointly": joint.tensors}
     for method in TRIED:
         recipe = Recipe(method, volumes=LOOK if METHODS[method].needs_data else None)
-        merged = merge_groups([[model] for model in models], recipe, progress=True)["all"]
-        logits, labels = predicted(test, canonical(merged, models[0]))
+        tried[method] = partial(merged_tensors, models, recipe)
+    for method in FITTED:
+        recipe = Recipe(method, [1, 0] if method == "average" else None, volumes=LOOK, fit_head=True)
+        name = "the first model" if method == "average" else method
+        tried[f"{name}, head fitted"] = partial(merged_tensors, models, recipe)
+    for method, tensors in tried.items():
+        logits, labels = predicted(test, tensors())
         row = {}
         for i, name in enumerate(TASKS.values()):
             alone, of_task = logits[[0, i + 1]], (labels == i + 1).long()
