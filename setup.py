@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["nnunet_transplant", "nnunet_transplant.*"]), "nnunet_transplant.trainers"],
     package_dir={"nnunet_transplant.trainers": "trainers"},
+    package_data={"nnunet_transplant.report": ["*.html", "*.css"]},
     install_requires=[
         "nnunetv2>=2.8.1",
         "torch>=2.6",
@@ -29,6 +30,7 @@ setup(
         "scipy>=1.11",
         "matplotlib>=3.8",
         "pandas>=2.0",
+        "jinja2>=3.1",
         "tqdm>=4.66",
         "optuna>=4.4",
         "cmaes>=0.11",

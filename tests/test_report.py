@@ -14,13 +14,12 @@ from factory import base_network, write_model
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from nnunet_transplant import report
 from nnunet_transplant.cli.report import main
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging import Recipe, merge_folders, write_merge
 from nnunet_transplant.report import ANALYSES, read_scores, write_report
 
-HOSTILE = """a<b>&"c"'d'$x$ </td><script>"""
+HOSTILE = """a<b>&"c"'d'$x$ {{ 7 * 7 }}{% raw %} </td><script>"""
 VOID = {"meta", "link", "img", "br", "wbr"}
 
 
@@ -160,15 +159,17 @@ def test_the_page_can_be_read_by_everybody(everything: tuple) -> None:
         assert (attrs["width"], attrs["height"]) == (str(width), str(height))
 
 
-def test_colours_have_enough_contrast() -> None:
+def test_colours_have_enough_contrast(merged: Path, tmp_path: Path) -> None:
     """WCAG 2's ratio, at least 4.5 for text, on the page and on the bands of tables."""
     def luminance(colour: str) -> float:
         parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    schemes = [dict(re.findall(r"--(\w+): (#\w{6})", scheme)) for scheme in re.findall(r":root \{(.*?)\}",
-                                                                                      report._STYLE, re.DOTALL)]
+    write_report(merged, tmp_path / "report.html")
+    (_, style), = Page((tmp_path / "report.html").read_text()).all("style")
+    schemes = [dict(re.findall(r"--(\w+): (#\w{6})", scheme))
+               for scheme in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
     assert len(schemes) == 3  # light, dark and print
     for colours in schemes:
         for text in ("ink", "soft", "link"):
