@@ -9,6 +9,7 @@ predicting the classes' frequencies. On patches of the test cases: every eighth 
 """
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 from folds import ALL, DATASET, TASKS, WHOLE
+from matplotlib.figure import Figure
 from steps import Steps
 
+from nnunet_transplant.figures.common import STRUCTURE_COLOURS, save_figure
 from nnunet_transplant.heads import join, merged_dataset_json
 from nnunet_transplant.merging import METHODS, Recipe, Volumes, merge_groups
 from nnunet_transplant.merging.align import Unaligned
 from nnunet_transplant.merging.calibration import IGNORED, Calibration, open_calibration
 from nnunet_transplant.model_folder import TrainedModel, open_models
-from nnunet_transplant.plotting import save_barrier_figure
 
 LOOK = Volumes([4], 6, f"train:{ALL}")
 TEST = Volumes([4], 40, f"val:{ALL}")
@@ -88,6 +90,17 @@ def barrier(run: Steps, figure: Path) -> None:
                         for position in positions]
         print(f"{name}: " + " ".join(f"{value:.4f}" for value in losses[name]), flush=True)
     save_barrier_figure(positions, losses, figure)
+
+
+def save_barrier_figure(positions: Sequence[float], losses: Mapping[str, Sequence[float]], path: Path) -> None:
+    """The loss along the line from one model (0) to another (1), a line for each way to align them."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), colour in zip(losses.items(), STRUCTURE_COLOURS, strict=False):
+        axes.plot(positions, values, marker="o", color=colour, label=name)
+    axes.set(xlabel="share of the second model's weights", ylabel="loss")
+    axes.legend()
+    save_figure(figure, path, dpi=130)
 
 
 def tasks(run: Steps) -> None:

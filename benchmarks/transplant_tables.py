@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from transplant_settings import MAIN, REGIMES, curvature_folder, folder_name, merge_name
 
-from nnunet_transplant.plotting import MODEL_COLOURS, save_dice_figure, save_figure
+from nnunet_transplant.figures.common import MODEL_COLOURS, save_figure
+from nnunet_transplant.figures.evaluation import save_dice_figure
 
 TITLES = {f"{method} {kind}": title + more for method, title in (("average", "average"), ("ties", "TIES"))
           for kind, more in (("default", ""), ("searched", ", searched"), ("fitted", ", head fitted"))}

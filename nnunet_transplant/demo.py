@@ -16,8 +16,8 @@ from nnunet_transplant.data.phantom import ORGANS, write_phantom_dataset
 from nnunet_transplant.environment import ext_trainer_value
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import evaluate
+from nnunet_transplant.figures.demo import save_segmentations_figure
 from nnunet_transplant.merging import Recipe, Volumes, merge_folders, write_merge
-from nnunet_transplant.plotting import save_segmentations_figure
 
 BASE, PARENT = "Dataset801_PhantomA", "Dataset802_PhantomB"
 TASKS = {"LiverSpleen": "Liver+Spleen", "KidneyAorta": "Kidney+Aorta", "Joint": "Liver+Spleen+Kidney+Aorta"}

@@ -32,11 +32,11 @@ from nnunet_transplant.data.cases import Cases, open_cases, open_splits
 from nnunet_transplant.data.images import check_images
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.figures.evaluation import Overlay, save_dice_figure, save_overlays_figure, slice_to_show
 from nnunet_transplant.files import atomic_path, check_output
 from nnunet_transplant.heads import origin
 from nnunet_transplant.labels import foreground_values, has_regions
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, preprocessing_fields
-from nnunet_transplant.plotting import Overlay, save_dice_figure, save_overlays_figure, slice_to_show
 from nnunet_transplant.prediction import overflow_explained, predictor, torch_device
 from nnunet_transplant.tables import cases_table, mean_without_nan, means_table, structure_means
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2, load_summary_json
 
-from nnunet_transplant import evaluation, plotting
+from nnunet_transplant import evaluation
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import (
     Cases,
@@ -30,7 +30,8 @@ from nnunet_transplant.evaluation import (
     shown_cases,
     unique_key,
 )
-from nnunet_transplant.plotting import Overlay, save_dice_figure, save_overlays_figure
+from nnunet_transplant.figures import evaluation as drawing
+from nnunet_transplant.figures.evaluation import Overlay, save_dice_figure, save_overlays_figure
 
 ORGANS = {"background": 0, "liver": 1, "left_kidney": 2, "right_kidney": 3, "spleen": 4}
 REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "edge": [1]}
@@ -325,7 +326,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         figure.savefig(path)
         saved.append(figure)
 
-    monkeypatch.setattr(plotting, "save_figure", save)
+    monkeypatch.setattr(drawing, "save_figure", save)
     return saved
 
 
@@ -507,7 +508,7 @@ def overlay(shape: tuple[int, int], *masks: tuple[slice, slice], spacing: tuple[
 ])
 def test_overlays_are_cut_to_what_is_there(shape: tuple, box: tuple, spacing: tuple, expected: tuple) -> None:
     whole = overlay(shape, box, spacing=spacing)
-    cut = plotting._cut(whole)
+    cut = drawing._cut(whole)
     assert np.array_equal(cut.image, whole.image[expected])
     assert np.array_equal(cut.panels[1][1]["structure_0 $"], whole.panels[1][1]["structure_0 $"][expected])
 

@@ -15,10 +15,10 @@ from nnunet_transplant.analysis.risk import open_risk
 from nnunet_transplant.checkpoint import tensors_sha256
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.figures.flatness import save_flatness_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.merging.calibration import Volumes
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, check_base, model_labels, open_models
-from nnunet_transplant.plotting import save_flatness_figure
 from nnunet_transplant.prediction import torch_device
 
 JSON, TABLE, FIGURE = "flatness.json", "table.txt", "flatness.png"

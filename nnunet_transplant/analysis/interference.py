@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.figures.interference import save_interference_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging.apply import Piece, is_finite
@@ -36,7 +37,6 @@ from nnunet_transplant.model_folder import (
     open_models,
     open_theta_0,
 )
-from nnunet_transplant.plotting import save_interference_figure
 from nnunet_transplant.tables import aligned_lines, mean_without_nan
 
 JSON, CSV, FIGURE, TABLE = "interference.json", "interference.csv", "interference.png", "table.txt"

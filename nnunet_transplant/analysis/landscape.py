@@ -19,12 +19,12 @@ from tqdm import tqdm
 from nnunet_transplant.analysis.risk import Risk, open_risk
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.figures.landscape import save_lines_figure, save_plane_figure
 from nnunet_transplant.files import atomic_path, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging.calibration import Volumes
 from nnunet_transplant.merging.vectors import add_weighted
 from nnunet_transplant.model_folder import CHECKPOINT, check_mergeable, model_labels, open_models
-from nnunet_transplant.plotting import save_lines_figure, save_plane_figure
 from nnunet_transplant.prediction import torch_device
 
 JSON, CSV, PLANE, LINES = "landscape.json", "landscape.csv", "plane.png", "lines.png"

@@ -30,12 +30,12 @@ from nnunet_transplant.data.cases import Cases
 from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import Target, find_cases, name_targets
+from nnunet_transplant.figures.sweep import save_front_figure, save_maps_figure, save_slices_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merging import Method, Recipe, Volumes
 from nnunet_transplant.merging.registry import SEED, find
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, open_theta_0
-from nnunet_transplant.plotting import save_front_figure, save_maps_figure, save_slices_figure
 from nnunet_transplant.prediction import torch_device
 from nnunet_transplant.tables import aligned_lines
 

@@ -13,6 +13,7 @@ from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import changes_network
 from nnunet_transplant.environment import versions
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.figures.merge import save_inputs_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import (
     JoinedHeads,
@@ -43,7 +44,6 @@ from nnunet_transplant.model_folder import (
     open_theta_0,
 )
 from nnunet_transplant.nnunet import nnUNetTrainer
-from nnunet_transplant.plotting import save_inputs_figure
 
 SAME_BASE_COSINE = 0.5  # fine-tuned siblings lie above 0.9, independently trained networks near 0
 

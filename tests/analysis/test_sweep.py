@@ -15,12 +15,12 @@ from factory import base_network, dataset_json, small_plans, write_model, write_
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from nnunet_transplant import plotting
 from nnunet_transplant.analysis import sweep as sweeps
 from nnunet_transplant.analysis.scoring import MergedNetwork
 from nnunet_transplant.analysis.sweep import Plan, split_cases, sweep
 from nnunet_transplant.checkpoint import read
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.figures import sweep as drawing
 from nnunet_transplant.merging import Recipe, merge_folders
 
 DATASET = "Dataset700_Small"
@@ -80,7 +80,7 @@ def test_a_grid_sweep(dataset: Path, models: list[Path], tmp_path: Path, monkeyp
         figure.savefig(file)
         drawn.append(figure)
 
-    monkeypatch.setattr(plotting, "save_figure", save)
+    monkeypatch.setattr(drawing, "save_figure", save)
     found = run(models, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == found

@@ -11,9 +11,9 @@ from matplotlib.font_manager import FontEntry, fontManager, get_font
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from nnunet_transplant import fonts
 from nnunet_transplant.errors import TransplantNote
-from nnunet_transplant.plotting import save_figure
+from nnunet_transplant.figures import fonts
+from nnunet_transplant.figures.common import save_figure
 
 BUNDLED = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 NOBODY = "\U0001f9e0\U000131e4"  # a brain, a hieroglyph

@@ -91,7 +91,7 @@ def _regular_fonts() -> dict[str, str]:
     listed = [entry for entry in fontManager.ttflist
               if "lastresort" not in entry.name.replace(" ", "").lower()  # has boxes for all characters there are
               and getattr(entry, "index", 0) == 0]  # of a collection the first, which has the characters of all
-    fonts = {}
+    fonts: dict[str, str] = {}
     for entry in sorted(listed, key=_preference):
         fonts.setdefault(entry.name, entry.fname)
     return fonts

@@ -6,10 +6,16 @@ from pathlib import Path
 import nnunet_transplant
 
 ALONE = """
+import pkgutil
 import sys
+from importlib import import_module
 import matplotlib
 before = dict.__getitem__(matplotlib.rcParams, "backend")
-import nnunet_transplant.plotting
+import nnunet_transplant.figures
+modules = [module.name for module in pkgutil.iter_modules(nnunet_transplant.figures.__path__)]
+for name in modules:
+    import_module(f"nnunet_transplant.figures.{name}")
+assert "common" in modules
 assert dict.__getitem__(matplotlib.rcParams, "backend") is before and "matplotlib.pyplot" not in sys.modules
 """
 
