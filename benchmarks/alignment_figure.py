@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from nnunet_transplant.alignment.spec import derive
+from nnunet_transplant.alignment.tracer import derive
 from nnunet_transplant.figures.common import save_figure
 
 STAGES = 3

@@ -17,8 +17,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
 from nnunet_transplant.alignment.activations import activation_similarity
 from nnunet_transplant.alignment.dual import aligned, match, zipped
-from nnunet_transplant.alignment.graph import trace
-from nnunet_transplant.alignment.spec import derive, permute
+from nnunet_transplant.alignment.graph import exported
+from nnunet_transplant.alignment.spec import permute
+from nnunet_transplant.alignment.tracer import derive
 from nnunet_transplant.architecture import canonical_names
 
 FEATURES = (32, 64, 128, 256, 320, 320)
@@ -56,7 +57,7 @@ def main() -> None:
                        for name, tensor in moved.items()})
     print(f"{sum(t.numel() for t in tensors.values()) / 1e6:.1f} M parameters, {args.threads} threads, patches "
           f"of {args.patch}^3")
-    program = trace(network(), (1, 1, *[args.patch] * 3))
+    program = exported(network(), (1, 1, *[args.patch] * 3))
     images = [torch.randn(1, 1, *[args.patch] * 3) for _ in range(args.patches)]
     for count in (2, 5):
         networks = models[:count]

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from factory import dataset_json, random_network, small_plans, write_model
 
-from nnunet_transplant.alignment.spec import Group, Segment, Spec, derive, permute
+from nnunet_transplant.alignment.spec import Group, Segment, Spec, permute
+from nnunet_transplant.alignment.tracer import derive
 from nnunet_transplant.architecture import build_network, layout
 
 LABELS = {"background": 0, "one": 1, "two": 2}

@@ -15,7 +15,7 @@ from nnunet_transplant.model_folder import TrainedModel
 from nnunet_transplant.nnunet import nnUNetTrainer
 
 
-def trace(network: nn.Module, shape: Sequence[int]) -> Any:
+def exported(network: nn.Module, shape: Sequence[int]) -> Any:
     """The `torch.export` program of a network, which is put in eval mode, for inputs of this shape (1, channels, ...).
 
     Nothing is computed: the network may be on the meta device, but then so are the program's constants.
@@ -59,7 +59,7 @@ def tensor_names(program: Any) -> dict[str, str]:
     return {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
 
 
-def untrained_heads(program: Any) -> frozenset[str]:
+def lowest_head(program: Any) -> frozenset[str]:
     """The tensors of the lowest head under deep supervision, which nnU-Net's loss gives no weight: of several outputs
     the last."""
     outputs = list(next(node for node in program.graph.nodes if node.op == "output").all_input_nodes)

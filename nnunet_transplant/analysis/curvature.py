@@ -87,7 +87,7 @@ def top_eigenvalues(hessian: Hessian, count: int, seed: int = 0) -> np.ndarray:
     return np.sort(found)[::-1].astype(float)
 
 
-def trace(hessian: Hessian, probes: int, seed: int = 0) -> tuple[float, float]:
+def hessian_trace(hessian: Hessian, probes: int, seed: int = 0) -> tuple[float, float]:
     """The sum of all eigenvalues and its standard error, by Hutchinson's estimator: the mean of v^T H v over random
     vectors of signs. The error is NaN with one probe."""
     device = hessian.parameters[0].device

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal, quadratic, top_eigenvalues, trace
+from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal, hessian_trace, quadratic, top_eigenvalues
 from nnunet_transplant.analysis.risk import open_risk
 from nnunet_transplant.checkpoint import tensors_sha256
 from nnunet_transplant.environment import use_our_trainers
@@ -66,7 +66,7 @@ def flatness(models: Sequence[Path], volumes: Volumes, *, output: Path, tasks: S
         hessian = Hessian(risk, batch_size or risk.calibration.configuration.batch_size)
         of_model["hessian_eigenvalues"] = top_eigenvalues(hessian, eigenvalues, seed).tolist()
         if probes:
-            of_model["hessian_trace"], of_model["hessian_trace_error"] = trace(hessian, probes, seed)
+            of_model["hessian_trace"], of_model["hessian_trace_error"] = hessian_trace(hessian, probes, seed)
         for task, tau in vectors.get(label, {}).items():
             norm = sum(float(part.double().square().sum()) for part in tau.values()) ** 0.5
             bounds[task] = {"base": label, "norm": norm, "quadratic": quadratic(hessian, tau),

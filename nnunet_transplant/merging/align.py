@@ -8,8 +8,9 @@ import torch
 
 from nnunet_transplant.alignment.activations import activation_similarity
 from nnunet_transplant.alignment.dual import Solver, aligned, match, zipped
-from nnunet_transplant.alignment.graph import input_shape, meta_network, trace, untrained_heads
-from nnunet_transplant.alignment.spec import Spec, derive
+from nnunet_transplant.alignment.graph import exported, input_shape, lowest_head, meta_network
+from nnunet_transplant.alignment.spec import Spec
+from nnunet_transplant.alignment.tracer import derive
 from nnunet_transplant.alignment.weights import Network, moved, restricted
 from nnunet_transplant.architecture import changes_network
 from nnunet_transplant.errors import TransplantError
@@ -56,7 +57,7 @@ def put_together(given: Unaligned, calibration: Calibration | None, solver: Solv
     if spec is None:
         spec = network_spec(first, given.trainer)
         spec = given.kept["spec"] = spec if given.shared is None else restricted(spec, given.shared)
-    skip = untrained_heads(spec.program) if given.same_labels else frozenset(first.layout.heads)
+    skip = lowest_head(spec.program) if given.same_labels else frozenset(first.layout.heads)
     if given.shared is not None:  # what models keep to themselves need not fit together
         skip |= frozenset(first.layout.names) - given.shared
     activations = None
@@ -73,7 +74,7 @@ def put_together(given: Unaligned, calibration: Calibration | None, solver: Solv
 
 def _activations(given: Unaligned, calibration: Calibration, spec: Spec) -> dict[str, np.ndarray]:
     first = given.models[0]
-    program = trace(meta_network(first, given.trainer), input_shape(first))
+    program = exported(meta_network(first, given.trainer), input_shape(first))
     networks = [{name: tensor.float().to(calibration.device) for name, tensor in tensors.items()}
                 for tensors in given.tensors]
     patches = calibration.bar(calibration.patches, "activations")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from nnunet_transplant.alignment.graph import Run, input_shape, meta_network, tensor_names, trace
+from nnunet_transplant.alignment.graph import Run, exported, input_shape, meta_network, tensor_names
 from nnunet_transplant.alignment.weights import Network
 from nnunet_transplant.merging.calibration import Calibration
 from nnunet_transplant.merging.linear import average
@@ -80,7 +80,7 @@ def refitted(vectors: TaskVectors, calibration: Calibration, ridge: float, posit
              seed: int) -> dict[str, torch.Tensor]:
     """The merged tensors that are not the weighted mean, by name."""
     first = calibration.models[0]
-    program = trace(meta_network(first, calibration.trainer), input_shape(first))
+    program = exported(meta_network(first, calibration.trainer), input_shape(first))
     device = calibration.device
     models = [{name: tensor.float().to(device) for name, tensor in tensors.items()} for tensors in calibration.tensors]
     merged = {name: sum(weight * model[name] for weight, model in zip(vectors.weights, models, strict=True))

@@ -8,7 +8,7 @@ from permuted import canonical, network_of, plans_of, spec_of, tensors_of
 from torch import nn
 
 from nnunet_transplant.alignment.activations import CHUNK, Moments, activation_similarity
-from nnunet_transplant.alignment.graph import trace
+from nnunet_transplant.alignment.graph import exported
 
 # Which modules' outputs show the units of each group, after the nonlinearity; of a residual stream every output that
 # other layers read; of a transposed convolution what it makes, which meets no nonlinearity of its own.
@@ -52,7 +52,7 @@ def test_equals_corrcoef_of_what_hooks_see(kind: str, shows: dict[str, list[str]
     networks = [network_of(plans, seed=seed) for seed in range(3)]
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(1, 1, *[16] * dim, generator=generator) + offset for offset in (0.0, 40.0, -15.0)]
-    found = activation_similarity(spec_of(plans), trace(network_of(plans).to("meta"), images[0].shape),
+    found = activation_similarity(spec_of(plans), exported(network_of(plans).to("meta"), images[0].shape),
                                   [tensors_of(network, canonical(plans)) for network in networks], iter(images))
     assert set(found) == {f"decoder.{name}" + ".all_modules.0" * ("transp" not in name) for name in shows}
     hooked = [seen_by_hooks(network, {name for names in shows.values() for name in names}, images)

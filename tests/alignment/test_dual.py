@@ -26,7 +26,7 @@ from permuted import (
 from nnunet_transplant.alignment import dual
 from nnunet_transplant.alignment.activations import activation_similarity
 from nnunet_transplant.alignment.dual import Matching, Solver, aligned, match, matched_similarity, zipped
-from nnunet_transplant.alignment.graph import trace
+from nnunet_transplant.alignment.graph import exported
 from nnunet_transplant.alignment.spec import Spec
 from nnunet_transplant.alignment.weights import WeightSimilarity, canonical_scale, identity, moved
 
@@ -52,7 +52,7 @@ def original(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
 @cache
 def program(kind: str) -> object:
     plans = plans_of(kind)
-    return trace(network_of(plans).to("meta"), image_of(plans).shape)
+    return exported(network_of(plans).to("meta"), image_of(plans).shape)
 
 
 def activations(kind: str, networks: Networks) -> dict[str, np.ndarray]:

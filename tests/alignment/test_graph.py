@@ -7,7 +7,7 @@ from factory import small_plans
 from permuted import canonical, image_of, network_of, plans_of, tensors_of
 from torch import nn
 
-from nnunet_transplant.alignment.graph import Run, tensor_names, trace, untrained_heads
+from nnunet_transplant.alignment.graph import Run, exported, lowest_head, tensor_names
 from nnunet_transplant.errors import TransplantError
 
 
@@ -29,7 +29,7 @@ def test_networks_side_by_side_say_what_each_says_alone(kind: str) -> None:
     image = image_of(plans)
     before = image.clone()
     tensors = [tensors_of(network, canonical(plans)) for network in networks]
-    program = trace(network_of(plans).to("meta"), image.shape)
+    program = exported(network_of(plans).to("meta"), image.shape)
     found = outputs_of(program, tensors, image)
     for network, each, own in zip(networks, found, tensors, strict=True):
         with torch.no_grad():
@@ -44,7 +44,7 @@ def test_networks_side_by_side_say_what_each_says_alone(kind: str) -> None:
 
 def test_every_tensor_goes_by_its_canonical_name() -> None:
     plans = plans_of("residual3d")
-    program = trace(network_of(plans).to("meta"), (1, 1, 8, 8, 8))
+    program = exported(network_of(plans).to("meta"), (1, 1, 8, 8, 8))
     names = canonical(plans)
     used = {name for node, name in tensor_names(program).items()
             if next(n for n in program.graph.nodes if n.name == node).users}
@@ -61,14 +61,14 @@ def test_constants_come_with_a_network_that_is_not_on_meta() -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return self.layer(image + self.where)
     network, image = Positions(), torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    found, = outputs_of(trace(network, image.shape), [network.state_dict()], image)
+    found, = outputs_of(exported(network, image.shape), [network.state_dict()], image)
     torch.testing.assert_close(found[0], network(image).detach(), rtol=0, atol=0)
 
 
 def test_values_are_freed_after_their_last_use() -> None:
     plans = plans_of("residual2d")
     network, image = network_of(plans), image_of(plans)
-    program = trace(network_of(plans).to("meta"), image.shape)
+    program = exported(network_of(plans).to("meta"), image.shape)
     tensors = tensors_of(network, canonical(plans))
     order = {node: at for at, node in enumerate(program.graph.nodes)}
     made: list[tuple[object, weakref.ref, int]] = []  # node, its value, which object it is: in-place ones share it
@@ -92,9 +92,9 @@ def test_only_the_lowest_head_is_untrained() -> None:
     assert len(heads) == 6
     # nnU-Net weights outputs 1, 1/2, ... from full resolution down, and the last 0; the decoder counts its stages up
     lowest = {"decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"}
-    assert untrained_heads(trace(network, (1, 1, 16, 16))) == lowest
+    assert lowest_head(exported(network, (1, 1, 16, 16))) == lowest
     network.decoder.deep_supervision = False
-    assert untrained_heads(trace(network, (1, 1, 16, 16))) == frozenset()
+    assert lowest_head(exported(network, (1, 1, 16, 16))) == frozenset()
 
 
 def test_what_cannot_be_traced_is_named() -> None:
@@ -103,4 +103,4 @@ def test_what_cannot_be_traced_is_named() -> None:
             return image if float(image.sum()) > 0 else -image
     network = nn.Sequential(nn.Conv2d(1, 1, 1), Undecided())
     with pytest.raises(TransplantError, match="cannot trace 1 "):
-        trace(network, (1, 1, 4, 4))
+        exported(network, (1, 1, 4, 4))

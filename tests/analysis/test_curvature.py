@@ -7,7 +7,7 @@ import pytest
 import torch
 from factory import small_plans, write_model, write_volumes
 
-from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal, quadratic, top_eigenvalues, trace
+from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal, hessian_trace, quadratic, top_eigenvalues
 from nnunet_transplant.analysis.risk import Risk, open_risk
 from nnunet_transplant.merging import Volumes
 from nnunet_transplant.model_folder import open_models
@@ -113,12 +113,12 @@ def test_eigenvalues_and_trace_are_those_of_the_whole_matrix(tmp_path: Path, nnu
     found = top_eigenvalues(hessian, 5)
     np.testing.assert_allclose(found, values[:5], rtol=3e-3)
     assert top_eigenvalues(hessian, 5).tolist() == found.tolist()  # seeded
-    estimate, error = trace(hessian, 400)
+    estimate, error = hessian_trace(hessian, 400)
     assert abs(estimate - matrix.trace()) < 4 * error
     # of random signs the variance is twice the squares off the diagonal
     off = 2 * ((matrix ** 2).sum() - (np.diag(matrix) ** 2).sum())
     assert error == pytest.approx((off / 400) ** 0.5, rel=0.25)
-    assert np.isnan(trace(hessian, 1)[1])
+    assert np.isnan(hessian_trace(hessian, 1)[1])
     tau = {name: torch.randn_like(parameter) for name, parameter in risk.parameters.items()}
     flat = torch.cat([part.reshape(-1) for part in tau.values()]).double().detach().numpy()
     assert quadratic(hessian, tau) == pytest.approx(0.5 * flat @ matrix @ flat, rel=1e-4)

@@ -63,7 +63,7 @@ def traced_once() -> Iterator[None]:
     """Networks of the same layers share one spec, and volumes are read once: that takes most of the time of a small
     merge."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("derive", "trace"):
+        for name in ("derive", "exported"):
             patch.setattr(align, name, once(getattr(align, name)))
         patch.setattr(calibration, "preprocessed", read_once(calibration.preprocessed))
         yield
@@ -303,7 +303,7 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "trainers").mkdir()
     (tmp_path / "trainers" / "nnUNetTrainerTinyPrimus.py").write_text(PRIMUS)
     monkeypatch.setenv("nnUNet_extTrainer", f"{tmp_path / 'trainers'}{os.pathsep}{os.environ['nnUNet_extTrainer']}")
-    from nnunet_transplant.alignment.spec import derive
+    from nnunet_transplant.alignment.tracer import derive
     from nnunet_transplant.architecture import build_network, canonical_names, find_trainer
     trainer = find_trainer("nnUNetTrainerTinyPrimus")
     plans = small_plans(3)

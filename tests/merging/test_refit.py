@@ -7,7 +7,7 @@ import torch
 from factory import random_network, small_plans, write_model, write_volumes
 from torch.nn import functional
 
-from nnunet_transplant.alignment.graph import input_shape, meta_network, trace
+from nnunet_transplant.alignment.graph import exported, input_shape, meta_network
 from nnunet_transplant.merging import Recipe, Volumes, merge_folders
 from nnunet_transplant.merging.calibration import open_calibration
 from nnunet_transplant.merging.refit import Layer, Sums, layers, rows, solve
@@ -34,7 +34,7 @@ def opened(path: Path) -> TrainedModel:
 
 
 def layers_of(model: TrainedModel) -> list[Layer]:
-    return layers(trace(meta_network(model, model.trainer), input_shape(model)), model.layout.body)
+    return layers(exported(meta_network(model, model.trainer), input_shape(model)), model.layout.body)
 
 
 @pytest.mark.parametrize(("dim", "residual"), [(2, False), (3, False), (3, True)])
