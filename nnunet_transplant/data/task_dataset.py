@@ -7,27 +7,18 @@ anew by nnU-Net's own preprocessor, so that it equals what `nnUNetv2_preprocess`
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 from uuid import uuid4
 
-import blosc2
-import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from tqdm import tqdm
 
 from nnunet_transplant.data.cases import (
     Splits,
@@ -40,102 +31,15 @@ from nnunet_transplant.data.cases import (
     open_splits,
     splits_of_cases,
 )
+from nnunet_transplant.data.task_cases import DataFolder, TaskFolders, for_each_case, make_case
+from nnunet_transplant.data.tasks import Task, parse_task
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.files import atomic_path, read_json
-from nnunet_transplant.labels import Labels, TaskLabels, channel_names, foreground_values, same_channels, task_labels
+from nnunet_transplant.labels import TaskLabels, channel_names, same_channels, task_labels
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.task_vector import RECORD
 
-RESERVED = ("background", "ignore")  # label names with a meaning of their own in nnU-Net
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a task is: parsing and label logic. Nothing here touches a file.
-
-class Task(NamedTuple):
-    """A task's name, and for each of its classes the names of the parent's labels that it joins."""
-    name: str
-    classes: dict[str, list[str]]
-
-
-def parse_task(text: str, parent_labels: Labels) -> Task:
-    """Read `NAME=SPEC`: in SPEC a comma joins labels into one class and `+` separates classes. A label is a name, a
-    value or a range of values such as `11-18`; a name that matches exactly wins.
-
-    The class of a one-class task is named after the task. With several classes, a class of one label keeps the label's
-    name and a joined class is named by its text.
-
-    Raises TransplantError for text that is not of this form, unknown labels, a label twice in one class, and
-    background or ignore.
-    """
-    name, equals, spec = (part.strip() for part in text.partition("="))
-    if not equals or not spec or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise TransplantError(f"Cannot read the task '{text}'. A task is NAME=LABELS, for example Liver=liver or "
-                              f"Kidney=left_kidney,right_kidney, and NAME has letters, digits, _ and - only.")
-    values = foreground_values(parent_labels)
-    parts = [spec] if spec in values else [part.strip() for part in spec.split("+")]
-    classes: dict[str, list[str]] = {}
-    for part in parts:
-        labels = _labels_of_class(part, parent_labels, text)
-        class_name = name if len(parts) == 1 else labels[0] if len(labels) == 1 else part
-        if class_name in RESERVED:
-            raise TransplantError(f"Task '{text}': nnU-Net keeps the name '{class_name}' for itself, choose another.")
-        if class_name in classes:
-            raise TransplantError(f"Task '{text}': the class '{class_name}' is there twice.")
-        classes[class_name] = labels
-    return Task(name, classes)
-
-
-def _labels_of_class(text: str, parent_labels: Labels, task: str) -> list[str]:
-    items = [text] if text in foreground_values(parent_labels) else [item.strip() for item in text.split(",")]
-    labels = [label for item in items for label in _labels_of_item(item, parent_labels, task)]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise TransplantError(f"Task '{task}': {listed(twice)} more than once in one class.")
-    return labels
-
-
-def _labels_of_item(text: str, parent_labels: Labels, task: str) -> list[str]:
-    values = foreground_values(parent_labels)
-    if text in values:
-        return [text]
-    number_range = re.fullmatch(r"(\d+)\s*-\s*(\d+)", text)
-    if number_range:
-        first, last = int(number_range[1]), int(number_range[2])
-        if first > last:
-            raise TransplantError(f"Task '{task}': the range {text} is empty, write {last}-{first}.")
-        return [label for value in range(first, last + 1)
-                for label in _labels_of_item(str(value), parent_labels, task)]
-    value = int(text) if re.fullmatch(r"\d+", text) else None
-    if text == "background" or value == 0:
-        raise TransplantError(f"Task '{task}': background cannot be a class of its own or part of one.")
-    if text == "ignore" or (value is not None and value == parent_labels.get("ignore")):
-        raise TransplantError(f"Task '{task}': the ignore label is carried over by itself, it cannot be selected.")
-    named = [label for label, label_values in values.items() if label_values == (value,)]
-    if not named:
-        raise TransplantError(f"Task '{task}': the dataset has no label '{text}'. It has "
-                              + ", ".join(f"{label} ({_shown(parent_labels[label])})" for label in values) + ".")
-    return named[:1]
-
-
-def remap_labels(seg: np.ndarray, value_map: Mapping[int, int]) -> np.ndarray:
-    """Label map of any shape and number type -> int16 of the same shape, by value_map.
-
-    Raises TransplantError for values that are not in value_map."""
-    values = seg.astype(np.int32)
-    table = np.full(max(value_map) + 1, -1, np.int16)
-    table[list(value_map)] = list(value_map.values())
-    known = (values == seg) & (values >= 0) & (values < len(table))
-    remapped = table[np.where(known, values, 0)]
-    known &= remapped >= 0
-    if not known.all():
-        raise TransplantError(f"values {np.unique(seg[~known]).tolist()} are not among the labels of its dataset.json")
-    return remapped
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing the datasets
 
 @dataclass(frozen=True)
 class TaskDataset:
@@ -170,28 +74,6 @@ class _Source:
     channels: list[str]        # how it calls its image channels; empty where nothing says so
     configuration: str | None  # that of a model
     checkpoint: Path | None
-
-
-@dataclass(frozen=True)
-class _DataFolder:
-    """A folder of preprocessed cases, the configuration that makes it, and where its images come from: linked from
-    the parent's folder, or if that is None preprocessed, once for all tasks (shared) or for each of them."""
-    identifier: str
-    configuration: str
-    parent: Path | None
-    shared: bool
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A task on its way: the hidden folders that it is built in and those that they will be renamed to."""
-    name: str
-    value_map: dict[int, int]
-    dataset_json: dict
-    raw: Path
-    preprocessed: Path
-    final_raw: Path
-    final_preprocessed: Path
 
 
 def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], plans_name: str | None = None,
@@ -248,8 +130,8 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
             _write_task_files(target, source, splits, folders)
         # sent to the workers with every case, so without the list of all cases
         light = [replace(target, dataset_json={**target.dataset_json, "dataset": {}}) for target in targets]
-        work = partial(_make_case, targets=light, folders=folders, plans=plans)
-        _for_each_case(work, {case: files[case] for case in chosen}, num_processes, show_progress)
+        work = partial(make_case, targets=light, folders=folders, plans=plans)
+        for_each_case(work, {case: files[case] for case in chosen}, num_processes, show_progress)
     if parent_splits is None:
         notes.append(f"{parent} had no splits_final.json: made nnU-Net's own five folds"
                      + (f" and wrote them to {splits_file}." if _offer(all_splits, splits_file) else "."))
@@ -366,7 +248,7 @@ def _configuration(plans: dict, name: str) -> ConfigurationManager:
                               f"({type(error).__name__}: {error})") from error
 
 
-def _data_folders(source: _Source, link_images: bool) -> list[_DataFolder]:
+def _data_folders(source: _Source, link_images: bool) -> list[DataFolder]:
     """A folder for each data identifier that the source has preprocessed; for the configuration of a model.
 
     If it has none, an error, or when images are not linked: 3d_fullres, or else all configurations."""
@@ -389,12 +271,12 @@ def _data_folders(source: _Source, link_images: bool) -> list[_DataFolder]:
                                   f"configuration {name} of {source.name} asks for.")
         # normalisation within the mask takes in labelled voxels of intensity 0, so the images depend on the labels
         shared = configuration.preprocessor_class is DefaultPreprocessor and not any(configuration.use_mask_for_norm)
-        folders.append(_DataFolder(identifier, name, source.folder / identifier if link_images and shared else None,
-                                   shared))
+        folders.append(DataFolder(identifier, name, source.folder / identifier if link_images and shared else None,
+                                  shared))
     return folders
 
 
-def _check_plans_fit(plans: dict, folders: Sequence[_DataFolder], parent_json: dict, source: str) -> None:
+def _check_plans_fit(plans: dict, folders: Sequence[DataFolder], parent_json: dict, source: str) -> None:
     channels = len(channel_names(parent_json))
     for folder in folders:
         planned = len(_configuration(plans, folder.configuration).normalization_schemes)
@@ -407,7 +289,7 @@ def _check_plans_fit(plans: dict, folders: Sequence[_DataFolder], parent_json: d
                               f"{parent_json['file_ending']} files.")
 
 
-def _check_files(files: dict[str, dict], cases: Sequence[str], folders: Sequence[_DataFolder]) -> None:
+def _check_files(files: dict[str, dict], cases: Sequence[str], folders: Sequence[DataFolder]) -> None:
     """Every file that is read or linked is there: the parent's images, label maps and preprocessed images."""
     missing = [file for case in cases for file in (*files[case]["images"], files[case]["label"])
                if not Path(file).is_file()]
@@ -447,12 +329,12 @@ def _task_json(parent: str, parent_json: dict, task: Task, labels: TaskLabels, f
 
 @contextmanager
 def _targets(names: Sequence[str], labels: Sequence[TaskLabels], task_jsons: Sequence[dict], raw_root: Path,
-             preprocessed_root: Path) -> Iterator[list[_Target]]:
+             preprocessed_root: Path) -> Iterator[list[TaskFolders]]:
     """Hidden folders beside the final ones, which nnU-Net does not take for datasets. Renamed when all is done, removed
     on any error or interruption, the ones already renamed too."""
     token = uuid4().hex[:8]
-    targets = [_Target(name, task_label.value_map, task_json, raw_root / f".tmp_{name}_{token}",
-                       preprocessed_root / f".tmp_{name}_{token}", raw_root / name, preprocessed_root / name)
+    targets = [TaskFolders(name, task_label.value_map, task_json, raw_root / f".tmp_{name}_{token}",
+                           preprocessed_root / f".tmp_{name}_{token}", raw_root / name, preprocessed_root / name)
                for name, task_label, task_json in zip(names, labels, task_jsons, strict=True)]
     renames = [pair for target in targets
                for pair in ((target.raw, target.final_raw), (target.preprocessed, target.final_preprocessed))]
@@ -471,7 +353,7 @@ def _targets(names: Sequence[str], labels: Sequence[TaskLabels], task_jsons: Seq
         raise
 
 
-def _write_task_files(target: _Target, source: _Source, splits: Splits, folders: Sequence[_DataFolder]) -> None:
+def _write_task_files(target: TaskFolders, source: _Source, splits: Splits, folders: Sequence[DataFolder]) -> None:
     for folder in (target.raw / "labelsTr", target.preprocessed / "gt_segmentations",
                    *(target.preprocessed / folder.identifier for folder in folders)):
         folder.mkdir(parents=True)
@@ -482,100 +364,3 @@ def _write_task_files(target: _Target, source: _Source, splits: Splits, folders:
               sort_keys=False)
     save_json(splits, str(target.preprocessed / "splits_final.json"), sort_keys=False)
     shutil.copyfile(source.fingerprint, target.preprocessed / "dataset_fingerprint.json")
-
-
-def _for_each_case(work: Callable[[str, dict], None], files: dict[str, dict], num_processes: int,
-                   show_progress: bool) -> None:
-    """work(case, its files) for every case, num_processes at a time. The first error stops it."""
-    progress = partial(tqdm, desc="Preprocessing cases", total=len(files), disable=not show_progress)
-    if num_processes <= 1:
-        for case, case_files in progress(files.items()):
-            work(case, case_files)
-        return
-    with ProcessPoolExecutor(min(num_processes, len(files)), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(work, case, case_files) for case, case_files in files.items()]
-        try:
-            for future in progress(as_completed(futures)):
-                future.result()
-        except BrokenProcessPool as error:
-            raise TransplantError("A background process died, most likely for lack of memory: try a smaller -np."
-                                  ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _make_case(case: str, files: dict, targets: Sequence[_Target], folders: Sequence[_DataFolder],
-               plans: dict) -> None:
-    """Everything that belongs to one case, in all tasks."""
-    manager = PlansManager(plans)
-    reader = manager.image_reader_writer_class()
-    try:
-        image, properties = reader.read_images(files["images"])
-        parent_seg, seg_properties = reader.read_seg(files["label"])
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise TransplantError(f"Cannot read the images or the label map of case {case}: {error}") from error
-    if image.shape[1:] != parent_seg.shape[1:]:
-        raise TransplantError(f"Case {case}: the images have the shape {image.shape[1:]}, the label map has "
-                              f"{parent_seg.shape[1:]}.")
-    for target in targets:
-        label_name = f"{case}{target.dataset_json['file_ending']}"
-        label_file = target.raw / "labelsTr" / label_name
-        try:
-            seg = remap_labels(parent_seg, target.value_map)
-        except TransplantError as error:
-            raise TransplantError(f"{files['label']}: {error}") from error
-        reader.write_seg(seg[0], str(label_file), seg_properties)
-        shutil.copyfile(label_file, target.preprocessed / "gt_segmentations" / label_name)
-        seg, _ = reader.read_seg(str(label_file))
-        for folder in folders:
-            configuration = manager.get_configuration(folder.configuration)
-            data_folder = target.preprocessed / folder.identifier
-            if folder.parent is not None:
-                image_folder = final_image_folder = folder.parent
-            elif folder.shared and target is not targets[0]:
-                image_folder = targets[0].preprocessed / folder.identifier
-                final_image_folder = targets[0].final_preprocessed / folder.identifier
-            else:
-                preprocessor = configuration.preprocessor_class(verbose=False)
-                preprocessor.run_case_save(str(data_folder / case), files["images"], str(label_file), manager,
-                                           configuration, target.dataset_json)
-                continue
-            _save_labels(data_folder / case, image, seg, deepcopy(properties), manager, configuration,
-                         target.dataset_json, image_folder / f"{case}.b2nd")
-            _link(image_folder / f"{case}.b2nd", data_folder / f"{case}.b2nd", final_image_folder / f"{case}.b2nd")
-
-
-def _save_labels(truncated: Path, image: np.ndarray, seg: np.ndarray, properties: dict, manager: PlansManager,
-                 configuration: ConfigurationManager, dataset_json: dict, preprocessed_image: Path) -> None:
-    """CASE_seg.b2nd and CASE.pkl as nnU-Net's preprocessor writes them, without the images' normalisation, resampling
-    and compression. image: (channels, x, y, z), seg: (1, x, y, z), both as read."""
-    labels_only = ConfigurationManager({
-        **configuration.configuration, "resampling_fn_data": "no_resampling_hack", "resampling_fn_data_kwargs": {},
-        "normalization_schemes": ["NoNormalization"] * len(image), "use_mask_for_norm": [False] * len(image)})
-    _, seg, properties = DefaultPreprocessor(verbose=False).run_case_npy(
-        image, seg, properties, manager, labels_only, dataset_json)
-    shape = blosc2.open(str(preprocessed_image), mode="r").shape
-    if tuple(shape) != (len(image), *seg.shape[1:]):
-        raise TransplantError(f"{preprocessed_image} has the shape {shape}, but the raw images and the plans give "
-                              f"{(len(image), *seg.shape[1:])}: preprocess its dataset again.")
-    seg = seg.astype(np.int16, copy=False)
-    blocks, chunks = comp_blosc2_params(seg.shape, tuple(configuration.patch_size), seg.itemsize)
-    # nnU-Net chooses how to compress; the one voxel that it writes as the image makes room for the link
-    voxel = (1, 1, 1, 1)
-    nnUNetDatasetBlosc2.save_case(np.zeros(voxel, np.float32), seg, properties, str(truncated), chunks=voxel,
-                                  blocks=voxel, chunks_seg=chunks, blocks_seg=blocks)
-    truncated.with_name(f"{truncated.name}.b2nd").unlink()
-
-
-def _link(source: Path, target: Path, final_source: Path) -> None:
-    """Hard-link source as target, or where the file systems do not allow it, a symbolic link to where source will be
-    when the folders have their final names."""
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        target.symlink_to(os.path.realpath(final_source))
-
-
-def _shown(value: "int | Sequence[int]") -> str:
-    return "+".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

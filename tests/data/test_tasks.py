@@ -1,14 +1,11 @@
-"""Parsing, label logic and splits of task datasets. The label logic is checked voxel by voxel against its definition
-and by nnU-Net's own LabelManager."""
+"""Parsing and label logic of tasks. The label logic is checked voxel by voxel against its definition and by
+nnU-Net's own LabelManager."""
 
 import numpy as np
 import pytest
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_transplant.data.task_dataset import (
-    parse_task,
-    remap_labels,
-)
+from nnunet_transplant.data.tasks import parse_task, remap_labels
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.labels import foreground_values, has_regions, task_labels
 
