@@ -17,10 +17,10 @@ import torch
 from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal
 from nnunet_transplant.analysis.risk import open_risk, volumes_of
 from nnunet_transplant.analysis.scoring import MergedNetwork, open_labelled_cases
-from nnunet_transplant.evaluation import name_targets
 from nnunet_transplant.merging import Recipe
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor
+from nnunet_transplant.targets import name_targets
 
 
 def seconds(work: Callable[[], object], times: int) -> float:

@@ -24,13 +24,14 @@ from nnunet_transplant.alignment.dual import Solver, aligned, zipped
 from nnunet_transplant.alignment.spec import Group, Segment
 from nnunet_transplant.alignment.weights import Assignments, WeightSimilarity
 from nnunet_transplant.analysis.scoring import dice, open_labelled_cases
-from nnunet_transplant.evaluation import find_cases, name_targets
+from nnunet_transplant.data.cases import evaluation_cases
 from nnunet_transplant.merging import Recipe, Volumes
 from nnunet_transplant.merging.align import put_together
 from nnunet_transplant.merging.ensemble import ensemble_lessons, teach_head
 from nnunet_transplant.merging.merge import _Work
 from nnunet_transplant.model_folder import TrainedModel, open_models
 from nnunet_transplant.prediction import BatchPredictor, predictor
+from nnunet_transplant.targets import name_targets
 
 FOLDS = (0, 1, 2)
 # trainer, plans, and with how many orders of the layers the weights are matched (rows are means over these)
@@ -122,7 +123,7 @@ def measure(models: list[TrainedModel], joint: TrainedModel, seeds: int) -> pd.D
 def scorer(models: list[TrainedModel]) -> Callable[[list[dict[str, torch.Tensor]]], list[float]]:
     """The mean Dice of networks (of several, of their ensemble) on the cases to choose on and on those to report."""
     _, labelled = open_labelled_cases(DATASET, ALL, models[0])
-    (targets,), _ = name_targets(["model"], [models[:1]], find_cases(DATASET, ALL))
+    (targets,), _ = name_targets(["model"], [models[:1]], evaluation_cases(DATASET, ALL))
     nnunet = predictor(models[:1], torch.device("cpu"), progress_bar=False, kind=BatchPredictor)
 
     def score(parameters: list[dict[str, torch.Tensor]]) -> list[float]:

@@ -28,32 +28,20 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_transplant.data.cases import Cases, open_cases, open_splits
+from nnunet_transplant.data.cases import Cases, evaluation_cases
 from nnunet_transplant.data.images import check_images
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.evaluation import Overlay, save_dice_figure, save_overlays_figure, slice_to_show
 from nnunet_transplant.files import atomic_path, check_output
-from nnunet_transplant.heads import origin
-from nnunet_transplant.labels import foreground_values, has_regions
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, preprocessing_fields
 from nnunet_transplant.prediction import overflow_explained, predictor, torch_device
 from nnunet_transplant.tables import cases_table, mean_without_nan, means_table, structure_means
-
-Key = int | tuple[int, ...]  # a label or a region of the dataset, as nnU-Net's summary.json names it
+from nnunet_transplant.targets import Key, Target, name_targets
 
 CSV, TABLE, SUMMARY, PREDICTIONS = "evaluation.csv", "table.txt", "summary.json", "predictions"
 DICE_FIGURE, OVERLAYS_FIGURE = "dice.png", "overlays.png"
 PER_CASE = "\nDice per case\n"  # the line of table.txt below which every case has its rows
-
-
-class Target(NamedTuple):
-    """A structure of a model and what it is scored against."""
-    structure: str
-    key: Key                     # identifies the structure in summary.json; no two of one model share it
-    reference: tuple[int, ...]   # its values in the dataset's label maps
-    prediction: tuple[int, ...]  # its values in the model's label maps
-    row: str                     # its name in tables: the dataset's own where it has one
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
         raise TransplantError(f"-step_size must be above 0 and at most 1, not {step_size:g}")
     output = Path(os.path.abspath(output))
     check_output(output, models, overwrite, CSV, "an earlier evaluation")
-    cases = find_cases(dataset, fold)
+    cases = evaluation_cases(dataset, fold)
     target_device = torch_device(device)
     use_our_trainers()
     labels = model_labels(models, (CSV, TABLE, DICE_FIGURE, OVERLAYS_FIGURE))
@@ -120,116 +108,12 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which cases, which models
 
-def find_cases(dataset: str | int, fold: str | int) -> Cases:
-    """The validation cases of a fold, or with fold "all" every case of imagesTr. Raises TransplantError where the
-    dataset, the fold or a file is not there."""
-    cases = open_cases(dataset)
-    chosen = list(cases.files) if str(fold) == "all" else _validation_cases(cases.dataset, fold)
-    if not chosen:
-        raise TransplantError(f"there is no case to evaluate: {cases.dataset} has none in fold {fold}")
-    return cases.chosen(chosen)
-
-
-def _validation_cases(dataset: str, fold: str | int) -> list[str]:
-    if not str(fold).isdecimal():
-        raise TransplantError(f"-f must be the number of a fold or all, not {fold}")
-    splits = open_splits(dataset)
-    if splits is None:
-        raise TransplantError(f"fold {fold} is unknown, {dataset} has no splits_final.json: nnU-Net writes it when the "
-                              "first fold is trained. Use -f all for all cases")
-    if int(fold) >= len(splits):
-        raise TransplantError(f"{dataset} has no fold {fold}: its splits_final.json holds folds 0 to {len(splits) - 1}")
-    return [str(case) for case in splits[int(fold)]["val"]]
-
-
 def _check_input(label: str, model: TrainedModel, cases: Cases) -> None:
     """Raise TransplantError unless the model can read the dataset's images and has as many channels."""
     if PlansManager(model.plans).get_configuration(model.configuration).previous_stage_name is not None:
         raise TransplantError(f"{label} is the second stage of a cascade: it cannot be evaluated from images alone")
     check_images({case: files["images"] for case, files in cases.files.items()}, cases.dataset_json["file_ending"],
                  cases.dataset, label, model.plans, model.dataset_json)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is scored against what
-
-def match_structures(model: TrainedModel, cases: Cases) -> tuple[dict[str, list[str]], list[str]]:
-    """Structure of a model -> the labels of the dataset that it is scored against; and the structures that the dataset
-    does not have.
-
-    A structure consists of the labels that its dataset.json records (for a task dataset the parent's), or of the label
-    of its own name. A task dataset may be the reference too: its labels count as what they consist of.
-    """
-    known = foreground_values(cases.dataset_json["labels"])
-    parts = {label: set(origin(cases.dataset_json, label)) for label in known}  # a dataset records them as a model does
-    matches: dict[str, list[str]] = {}
-    unknown = []
-    for structure in foreground_values(model.dataset_json["labels"]):
-        wanted = set(origin(model.dataset_json, structure))
-        labels = [label for label in known if parts[label] <= wanted]
-        if labels and set().union(*(parts[label] for label in labels)) == wanted:
-            matches[structure] = labels
-        elif parts.get(structure) == {structure}:
-            matches[structure] = [structure]
-        else:
-            unknown.append(structure)
-    return matches, unknown
-
-
-def reference_key(labels: Sequence[str], dataset_json: dict[str, Any]) -> Key:
-    """The union of some labels of a dataset, as nnU-Net's summary.json names a label or region: a label that has
-    exactly these values as dataset.json writes it, otherwise the sorted values."""
-    values = foreground_values(dataset_json["labels"])
-    union = {value for label in labels for value in values[label]}
-    for label in (*labels, *values):
-        if set(values[label]) == union:
-            written = dataset_json["labels"][label]
-            listed = isinstance(written, (list, tuple)) and has_regions(dataset_json["labels"])
-            return values[label] if listed else values[label][0]
-    return tuple(sorted(union))
-
-
-def unique_key(key: Key, taken: Iterable[Key]) -> Key:
-    """The key, or where another structure of the model is scored against the same labels, the same region written
-    differently: 1, (1, 1), (1, 1, 1). nnU-Net reads all of them, and each as the same voxels."""
-    taken = set(taken)
-    while key in taken:
-        values = key if isinstance(key, tuple) else (key,)
-        key = (*values, values[0])
-    return key
-
-
-def name_targets(labels: Sequence[str], groups: Sequence[Sequence[TrainedModel]],
-                 cases: Cases) -> tuple[list[list[Target]], list[str]]:
-    """For each model (its label and its folds) what is scored, and a note for each model about what is not.
-
-    Structures of several models that are scored against the same labels share a row: it has the dataset's name for
-    these labels, or where they are a union, the structure's. A name that would stand for two things is replaced by the
-    labels, joined by +. Raises TransplantError for a model that has no structure of the dataset.
-    """
-    dataset_labels = foreground_values(cases.dataset_json["labels"])
-    rows = {frozenset(values): label for label, values in reversed(dataset_labels.items())}
-    result, notes = [], []
-    for model_label, folds in zip(labels, groups, strict=True):
-        matches, unknown = match_structures(folds[0], cases)
-        if not matches:
-            raise TransplantError(f"{model_label} has no structure of {cases.dataset}: it has "
-                                  f"{', '.join(unknown)}, the dataset {', '.join(dataset_labels)}")
-        if unknown:
-            notes.append(f"note: {', '.join(unknown)} of {model_label} not scored: {cases.dataset} has no such label")
-        predicted = foreground_values(folds[0].dataset_json["labels"])
-        targets: list[Target] = []
-        for structure, parts in matches.items():
-            key = reference_key(parts, cases.dataset_json)
-            values = key if isinstance(key, tuple) else (key,)
-            name = structure if structure not in (*dataset_labels, *rows.values()) else "+".join(parts)
-            row = rows.setdefault(frozenset(values), name)
-            if row in [target.row for target in targets]:  # two structures of one model for the same labels
-                row = f"{row} ({structure})"
-            targets.append(Target(structure, unique_key(key, [target.key for target in targets]), values,
-                                  predicted[structure], row))
-        result.append(targets)
-    return result, notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def predictor(models: MergedModel | Sequence[MergedModel | TrainedModel], device
     return result
 
 
-def find_cases(images: Path, predictor: nnUNetPredictor) -> list[list[str]]:
+def find_images(images: Path, predictor: nnUNetPredictor) -> list[list[str]]:
     """The files of every case in a folder of images. Raises TransplantError where there are none, or where they have
     not as many channels as the model."""
     if not images.is_dir():

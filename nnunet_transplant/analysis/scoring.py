@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from nnunet_transplant.analysis.risk import volumes_of
 from nnunet_transplant.architecture import bare
-from nnunet_transplant.data.cases import Cases
+from nnunet_transplant.data.cases import Cases, evaluation_cases
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.evaluation import Target, find_cases
 from nnunet_transplant.heads import join, join_head, shares
 from nnunet_transplant.labels import has_regions
 from nnunet_transplant.merging import Recipe, merge_models
@@ -26,6 +25,7 @@ from nnunet_transplant.merging.registry import find
 from nnunet_transplant.merging.vectors import Tensors
 from nnunet_transplant.model_folder import TrainedModel, common_theta_0
 from nnunet_transplant.prediction import HALF_PRECISION, BatchPredictor, predictor
+from nnunet_transplant.targets import Target
 
 LINEAR = ("average", "task_arithmetic")  # sums of the models' tensors, which the device makes in no time
 
@@ -43,10 +43,10 @@ def open_labelled_cases(dataset: str | int, fold: str | int, model: TrainedModel
     """The validation cases of a dataset's fold (or with fold "all" every case), preprocessed by the model's plans; of
     them n_cases, spread evenly over the sorted names.
 
-    Raises TransplantError for what `evaluation.find_cases` refuses, a missing label map among it, for channels that do
+    Raises TransplantError for what `evaluation_cases` refuses, a missing label map among it, for channels that do
     not fit, second stages of a cascade, and files that nnU-Net cannot read.
     """
-    found = find_cases(dataset, fold)
+    found = evaluation_cases(dataset, fold)
     volumes = volumes_of(found.dataset, fold, len(found.files) if n_cases is None else n_cases)
     bar = tqdm(preprocessed(volumes, model), desc="reading cases", unit="case", delay=3, disable=not progress)
     volumes_read = list(bar)

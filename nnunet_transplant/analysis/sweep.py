@@ -26,10 +26,9 @@ from nnunet_transplant.analysis.search import (
     open_study,
     search,
 )
-from nnunet_transplant.data.cases import Cases
+from nnunet_transplant.data.cases import Cases, evaluation_cases
 from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.evaluation import Target, find_cases, name_targets
 from nnunet_transplant.figures.sweep import save_front_figure, save_maps_figure, save_slices_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
@@ -38,6 +37,7 @@ from nnunet_transplant.merging.registry import SEED, find
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, open_theta_0
 from nnunet_transplant.prediction import torch_device
 from nnunet_transplant.tables import aligned_lines
+from nnunet_transplant.targets import Target, name_targets
 
 SUMMARY, WEIGHTS, CSV, TABLE, FIGURE = "sweep.json", "weights.json", "sweep.csv", "table.txt", "sweep.png"
 FRONT_CSV, FRONT_FIGURE = "pareto.csv", "pareto.png"
@@ -133,7 +133,7 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
                               "-method task_arithmetic, or -trials")
     if plan.sampler == "cmaes" and len(space.ranges) < 2:
         raise TransplantError("-sampler cmaes needs at least two numbers to search: use -sampler tpe")
-    find_cases(dataset, fold)
+    evaluation_cases(dataset, fold)
     use_our_trainers()
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [open_models(path, None, checkpoint_name, trust, theta_0) for path in models]
@@ -226,7 +226,7 @@ def split_cases(count: int, tune: float, seed: int) -> tuple[list[int], list[int
 def _open_job(network: MergedNetwork, space: Space, dataset: str | int, fold: str | int, plan: Plan,
               groups: Sequence[Sequence[TrainedModel]], progress: bool) -> _Job:
     merged = network.merged
-    (targets,), notes = name_targets(["the merged model"], [[merged]], find_cases(dataset, fold))
+    (targets,), notes = name_targets(["the merged model"], [[merged]], evaluation_cases(dataset, fold))
     cases, labelled = open_labelled_cases(dataset, fold, groups[0][0], plan.n_cases, progress)
     if len(labelled) < 2 and plan.tune < 1:
         raise TransplantError(f"a sweep needs a case to tune on and one to report on: {cases.dataset} has only one "

@@ -9,7 +9,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.prediction import (
     case_name,
     check_previous_stage,
-    find_cases,
+    find_images,
     overflow_explained,
     predictor,
     torch_device,
@@ -61,7 +61,7 @@ def run(args: Namespace) -> None:
                        not args.disable_progress_bar)
     if nnunet.configuration_manager.previous_stage_name is not None and not args.prev_stage_predictions:
         raise TransplantError("this is the second stage of a cascade: give -prev_stage_predictions")
-    cases = find_cases(args.i, nnunet)
+    cases = find_images(args.i, nnunet)
     ending = nnunet.dataset_json["file_ending"]
     names = [case_name(files, ending) for files in cases]
     if args.prev_stage_predictions:

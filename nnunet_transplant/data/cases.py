@@ -161,6 +161,28 @@ def choose_cases(cases: str | os.PathLike | Sequence[str], all_cases: Sequence[s
     return sorted(set(chosen))
 
 
+def evaluation_cases(dataset: str | int, fold: str | int) -> Cases:
+    """The validation cases of a fold, or with fold "all" every case of imagesTr. Raises TransplantError where the
+    dataset, the fold or a file is not there."""
+    cases = open_cases(dataset)
+    chosen = list(cases.files) if str(fold) == "all" else _validation_cases(cases.dataset, fold)
+    if not chosen:
+        raise TransplantError(f"there is no case to evaluate: {cases.dataset} has none in fold {fold}")
+    return cases.chosen(chosen)
+
+
+def _validation_cases(dataset: str, fold: str | int) -> list[str]:
+    if not str(fold).isdecimal():
+        raise TransplantError(f"-f must be the number of a fold or all, not {fold}")
+    splits = open_splits(dataset)
+    if splits is None:
+        raise TransplantError(f"fold {fold} is unknown, {dataset} has no splits_final.json: nnU-Net writes it when the "
+                              "first fold is trained. Use -f all for all cases")
+    if int(fold) >= len(splits):
+        raise TransplantError(f"{dataset} has no fold {fold}: its splits_final.json holds folds 0 to {len(splits) - 1}")
+    return [str(case) for case in splits[int(fold)]["val"]]
+
+
 def read_case_list(path: Path) -> list[str]:
     """The ids in a file: one on each line, or a JSON list; UTF-8 or, with its byte-order mark, UTF-16, as Windows
     writes them. Raises TransplantError for a missing file and for what is neither."""

@@ -11,11 +11,13 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from nnunet_transplant.analysis.scoring import MergedNetwork, dice, open_labelled_cases
+from nnunet_transplant.data.cases import evaluation_cases
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.evaluation import Target, find_cases, name_targets, score
+from nnunet_transplant.evaluation import score
 from nnunet_transplant.merging import Recipe, Volumes, merge_models
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor
+from nnunet_transplant.targets import Target, name_targets
 
 DATASET = "Dataset700_Small"
 LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
@@ -186,4 +188,4 @@ def test_an_image_that_cannot_be_preprocessed_is_one_line(dataset: Path, tmp_pat
     groups = tasks(tmp_path, {"background": 0, "one": 1})
     with pytest.raises(TransplantError, match=f"preprocess case case_0 of {DATASET} .RuntimeError: one two"):
         open_labelled_cases(DATASET, 0, groups[0][0])
-    assert find_cases(DATASET, 0)
+    assert evaluation_cases(DATASET, 0)
