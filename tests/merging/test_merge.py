@@ -153,10 +153,10 @@ def test_what_a_merge_writes(tmp_path: Path, tasks: list[Path]) -> None:
     assert content["trainer_name"] == "nnUNetTrainer"
     assert content["inference_allowed_mirroring_axes"] == (0, 2)
     inputs = json.loads(files["merge.json"])["folds"]["all"]["inputs"]
-    for one, task in zip(inputs, tasks, strict=True):
+    for i, (one, task, structures) in enumerate(zip(inputs, tasks, [["A"], ["B", "C"]], strict=True)):
         path = task / "fold_0" / "checkpoint_final.pth"
-        assert one == {"path": str(path), "sha256": file_sha256(path), "fold": "0",
-                       "group": tasks.index(task), "weight": 0.5, "structures": one["structures"]}
+        assert one == {"path": str(path), "sha256": file_sha256(path), "fold": "0", "group": i, "weight": 0.5,
+                       "structures": structures}
     sources = json.loads(files["dataset.json"])["nnunet_transplant"]
     assert sources["classes"] == {"A": ["A"], "B": ["B"], "C": ["C"]}
 
@@ -190,16 +190,24 @@ def test_half_precision_weights_stay_half_precision_and_integers_are_copied(tmp_
     plans = small_plans()
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(
         norm_op="torch.nn.modules.batchnorm.BatchNorm3d")
-    model = write_model(tmp_path / "model", plans=plans)
-    path = model / "fold_0" / "checkpoint_final.pth"
-    content = torch.load(path, weights_only=False)
-    content["network_weights"] = {name: tensor.half() if tensor.is_floating_point() else tensor + 7
-                                  for name, tensor in content["network_weights"].items()}
-    torch.save(content, path)
-    merged = merge_folders([model, model])["all"].weights
-    for name, tensor in content["network_weights"].items():
-        assert merged[name].dtype == tensor.dtype
-        assert torch.equal(merged[name], tensor), name
+    models = [write_model(tmp_path / str(seed), plans=plans, seed=seed) for seed in (1, 2)]
+    networks = []
+    for shift, model in zip((7, 9), models, strict=True):
+        path = model / "fold_0" / "checkpoint_final.pth"
+        content = torch.load(path, weights_only=False)
+        content["network_weights"] = {name: tensor.half() if tensor.is_floating_point() else tensor + shift
+                                      for name, tensor in content["network_weights"].items()}
+        torch.save(content, path)
+        networks.append(content["network_weights"])
+    merged = merge_folders(models, recipe=Recipe(weights=[0.25, 0.75]))["all"].weights
+    in_halves = 0
+    for name, one in networks[0].items():
+        other = networks[1][name]
+        expected = (0.25 * one.float() + 0.75 * other.float()).half() if one.is_floating_point() else one
+        assert merged[name].dtype == one.dtype
+        assert torch.equal(merged[name], expected), name
+        in_halves += int((0.25 * one + 0.75 * other != expected).sum())
+    assert in_halves > 100  # halves would be computed otherwise
 
 
 def test_stock_fine_tuning_needs_the_base_given(tmp_path: Path, base: torch.nn.Module) -> None:

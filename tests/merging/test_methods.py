@@ -3,6 +3,7 @@
 The definitions of the other methods are tested beside this file, family by family.
 """
 import itertools
+import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -330,9 +331,36 @@ def test_unknown_method_names_the_known_ones() -> None:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_every_method_declares_itself(method: Method) -> None:
-    assert method.summary and method.reference and method.weights_rule
+    assert method.summary and method.reference
     for parameter in method.parameters:
         assert parameter.help and parameter.check(parameter.default) == parameter.default
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_weights_are_what_the_rule_says(method: Method) -> None:
+    """Its text, as the documentation has it, says what is refused and what the default is."""
+    def refused(*weights: float) -> bool:
+        try:
+            return method.weights(weights, len(weights)) != list(weights)
+        except TransplantError:
+            return True
+
+    text = method.weights_rule.text
+    assert refused(1.5, -0.5) == ("not negative" in text or text == "none")
+    assert refused(0.5, 0.7) == ("sum to 1" in text or text == "none")
+    assert not refused(0.5, 0.5)
+    default = re.search(r"default ([\d.]+)$", text)
+    for models in (1, 2, 3):
+        assert method.weights(None, models) == [float(default[1]) if default else 1 / models] * models
+
+
+@pytest.mark.parametrize("name", [name for name in DATA_FREE if METHODS[name].weights_rule.text.startswith("free")])
+def test_the_size_of_free_weights_counts(name: str) -> None:
+    theta_0, thetas = networks(3)
+    merged = [merge_networks(name, theta_0, thetas, [scale * weight for weight in (0.5, 0.2, 1.0)])
+              for scale in (1.0, 1.5)]
+    with pytest.raises(AssertionError):
+        assert_close(*merged, rtol=0.01)
 
 
 def test_a_merge_beyond_the_range_of_its_type_is_refused() -> None:
