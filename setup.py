@@ -5,11 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "interference", "flatness",
-            "sweep", "landscape", "report", "demo")
+            "sweep", "landscape", "report", "spec", "demo")
 
 setup(
     name="nnunet_transplant",
-    version="0.1.0",
+    version="0.2.0",
     description="Merge nnU-Nets as easily as you train them: wide-minima pre-training, task vectors, model merging",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["nnunet_transplant", "nnunet_transplant.*"]), "nnunet_transplant.trainers"],
     package_dir={"nnunet_transplant.trainers": "trainers"},
-    package_data={"nnunet_transplant.report": ["*.html", "*.css"]},
+    package_data={"nnunet_transplant.report_page": ["*.html", "*.css"]},
     install_requires=[
         "nnunetv2>=2.8.1",
         "torch>=2.6",

@@ -10,7 +10,7 @@ import math
 import pydoc
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.nnunet import nnUNetTrainer
+
+Network = Mapping[str, torch.Tensor]  # tensors by canonical name
 
 
 @dataclass(frozen=True)

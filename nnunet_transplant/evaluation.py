@@ -53,14 +53,16 @@ class _Contender:
     predictor: nnUNetPredictor
 
 
-def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, output: Path,
-             checkpoint_name: str = CHECKPOINT, device: str = "cuda", step_size: float = 0.5, mirroring: bool = True,
-             trust: bool = False, overwrite: bool = False, progress: bool = False) -> pd.DataFrame:
+def evaluate(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
+             cases: str | None = None, n_cases: int | None = None, checkpoint_name: str = CHECKPOINT,
+             device: str = "cuda", step_size: float = 0.5, mirroring: bool = True, trust: bool = False,
+             overwrite: bool = False, progress: bool = False) -> pd.DataFrame:
     """Predict a dataset's cases with each model, score every structure by name, and write it all to a folder.
 
     models: trained model folders (several folds are nnU-Net's ensemble) or checkpoints inside them.
     dataset: name or id of a dataset in nnUNet_raw; its labels are the reference.
     fold: the validation cases of this fold in the dataset's splits_final.json, or "all" for all its training cases.
+    cases, n_cases: those of `cases` instead (FILE, train:K, val:K); and so many of them, spread evenly.
     output: gets, for each model, predictions/ and nnU-Net's summary.json, and for all evaluation.csv, table.txt,
         dice.png and overlays.png; it appears whole or not at all. overwrite replaces an earlier evaluation.
     device, step_size (of the sliding window, in patches), mirroring: as nnUNetv2_predict has them.
@@ -75,33 +77,33 @@ def evaluate(models: Sequence[Path], dataset: str | int, fold: str | int = "0", 
         raise TransplantError(f"-step_size must be above 0 and at most 1, not {step_size:g}")
     output = Path(os.path.abspath(output))
     check_output(output, models, overwrite, CSV, "an earlier evaluation")
-    cases = evaluation_cases(dataset, fold)
+    found = evaluation_cases(dataset, fold, cases, n_cases)
     target_device = torch_device(device)
     use_our_trainers()
     labels = model_labels(models, (CSV, TABLE, DICE_FIGURE, OVERLAYS_FIGURE))
     groups = [open_models(Path(path), None, checkpoint_name, trust) for path in models]
-    targets_of, notes = name_targets(labels, groups, cases)
+    targets_of, notes = name_targets(labels, groups, found)
     checked: list[dict[str, Any]] = []
     for label, folds in zip(labels, groups, strict=True):
         if (how := _how_preprocessed(folds[0])) not in checked:  # the images are asked once for all that read alike
-            _check_input(label, folds[0], cases)
+            _check_input(label, folds[0], found)
             checked.append(how)
     contenders = [_Contender(label, folds, targets, predictor(folds, target_device, step_size, mirroring,
                                                               progress_bar=False))
                   for label, folds, targets in zip(labels, groups, targets_of, strict=True)]
     with atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()
-        scores = _predict_and_score(contenders, cases, folder, output, progress)
+        scores = _predict_and_score(contenders, found, folder, output, progress)
         for contender in contenders:
             write_summary(scores[contender.label], contender.targets, folder / contender.label / SUMMARY)
-        frame = _frame(contenders, scores, cases)
+        frame = _frame(contenders, scores, found)
         frame.to_csv(folder / CSV, index=False)
-        of_fold = "all cases" if str(fold) == "all" else f"fold {fold}"
-        title = f"Dice on {cases.dataset}, {of_fold} ({len(cases.files)} case{'s' * (len(cases.files) > 1)})"
+        of_fold = f"cases {cases}" if cases is not None else "all cases" if str(fold) == "all" else f"fold {fold}"
+        title = f"Dice on {found.dataset}, {of_fold} ({len(found.files)} case{'s' * (len(found.files) > 1)})"
         (folder / TABLE).write_text("\n".join([title, "", means_table(frame), *notes]) + "\n" + PER_CASE + "\n"
                                     + cases_table(frame) + "\n", encoding="utf-8")
         _draw_dice(frame, title, folder / DICE_FIGURE)
-        _draw_overlays(contenders, cases, frame, folder)
+        _draw_overlays(contenders, found, frame, folder)
     return frame
 
 

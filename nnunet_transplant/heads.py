@@ -15,6 +15,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.labels import foreground_values, task_labels
 from nnunet_transplant.model_folder import TrainedModel
 from nnunet_transplant.task_vector import RECORD
+from nnunet_transplant.vectors import added_up
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def merged_dataset_json(first: TrainedModel, joined: JoinedHeads) -> dict[str, A
     return content
 
 
-def shares(weights: Sequence[float]) -> list[float]:
+def scaled_to_one(weights: Sequence[float]) -> list[float]:
     """Weights scaled to sum to 1, for tensors that are averaged; equal ones where their sum is not positive."""
     total = sum(weights)
     return [w / total for w in weights] if total > 0 else [1 / len(weights)] * len(weights)
@@ -175,8 +176,8 @@ def join_head(heads: Sequence[torch.Tensor], weights: Sequence[float], joined: J
         for i, row in sources:
             head = heads[i].float()
             parts.append(head[row] - head[0] if joined.softmax else head[row])
-        share = shares([weights[i] for i, _ in sources])
-        rows.append(sum(s * part for s, part in zip(share, parts, strict=True)))
+        part_of = scaled_to_one([weights[i] for i, _ in sources])
+        rows.append(added_up(w * part for w, part in zip(part_of, parts, strict=True)))
     return torch.stack([torch.zeros_like(rows[0]), *rows] if joined.softmax else rows)
 
 

@@ -24,6 +24,7 @@ from nnunet_transplant.task_vector import (
     read_theta_0,
     theta_0_path,
 )
+from nnunet_transplant.vectors import is_finite
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -287,6 +288,12 @@ def open_theta_0(base: Path | str, checkpoint_name: str = CHECKPOINT, trust: boo
         raise TransplantError(f"{base} has {len(models)} folds: give the checkpoint of the one that is the base, "
                               f"such as {models[0].path}")
     return {name: tensor for name, tensor in models[0].tensors().items() if name not in models[0].layout.heads}
+
+
+def check_finite(tensor: torch.Tensor, name: str, model: TrainedModel) -> None:
+    """Raise TransplantError where a model's tensor holds NaN or Inf."""
+    if not is_finite(tensor):
+        raise TransplantError(f"{model.path} holds NaN or Inf in {name}")
 
 
 def check_base(theta_0: Mapping[str, torch.Tensor], model: TrainedModel) -> None:

@@ -2,7 +2,7 @@
 import contextlib
 import io
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from nnunet_transplant.architecture import build_network
 from nnunet_transplant.data.images import check_images
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import MergedModel
+from nnunet_transplant.merged_model import MergedModel
 from nnunet_transplant.model_folder import TrainedModel
 
 HALF_PRECISION = ("the merged weights give logits beyond half precision, in which nnU-Net sums them: merge with "
@@ -65,13 +65,56 @@ def predictor(models: MergedModel | Sequence[MergedModel | TrainedModel], device
             tile_step_size=step_size, use_gaussian=True, use_mirroring=mirroring,
             perform_everything_on_device=on_device, device=device, verbose=verbose,
             verbose_preprocessing=verbose, allow_tqdm=progress_bar)
-    parameters = [model.weights if isinstance(model, MergedModel) else model.state_dict() for model in models]
+    parameters = [model.state_dict if isinstance(model, MergedModel) else model.state_dict() for model in models]
     network = build_network(first.plans, first.configuration, first.dataset_json, first.trainer,
                             deep_supervision=False)
     plans = PlansManager(first.plans)
     result.manual_initialization(network, plans, plans.get_configuration(first.configuration), parameters,
                                  first.dataset_json, first.trainer.__name__, first.mirroring_axes)
     return result
+
+
+def predict_folder(models: Mapping[str, MergedModel], images: Path | str, output: Path | str, *, device: str = "cuda",
+                   step_size: float = 0.5, mirroring: bool = True, on_device: bool = True,
+                   save_probabilities: bool = False, continue_prediction: bool = False, npp: int = 3, nps: int = 3,
+                   prev_stage_predictions: Path | str | None = None, num_parts: int = 1, part_id: int = 0,
+                   verbose: bool = False, progress: bool = False) -> Path:
+    """Predict a folder of images, with channel numbers as nnU-Net wants them (CASE_0000.nii.gz), as nnUNetv2_predict
+    does it with the model written to disk: the same voxels. Several models are an ensemble.
+
+    npp, nps: processes for preprocessing and for export; 0 and 0 starts none. The other options are nnUNetv2_predict's.
+    Returns the folder of predictions. Raises TransplantError for missing images or channels, logits that overflow.
+    """
+    check_prediction_options(step_size, num_parts, part_id)
+    images, output = Path(images), Path(output)
+    nnunet = predictor(list(models.values()), torch_device(device), step_size, mirroring, on_device, verbose, progress)
+    if nnunet.configuration_manager.previous_stage_name is not None and not prev_stage_predictions:
+        raise TransplantError("this is the second stage of a cascade: give -prev_stage_predictions")
+    cases = find_images(images, nnunet)
+    ending = nnunet.dataset_json["file_ending"]
+    names = [case_name(files, ending) for files in cases]
+    if prev_stage_predictions:
+        check_previous_stage(Path(prev_stage_predictions), names[part_id::num_parts], ending)
+    output.mkdir(parents=True, exist_ok=True)
+    options = {"save_probabilities": save_probabilities, "overwrite": not continue_prediction,
+               "folder_with_segs_from_prev_stage": None if prev_stage_predictions is None
+               else str(prev_stage_predictions)}
+    with overflow_explained():
+        if npp == 0 and nps == 0:
+            part = slice(part_id, None, num_parts)
+            nnunet.predict_from_files_sequential(cases[part], [str(output / name) for name in names[part]], **options)
+        else:
+            nnunet.predict_from_files(str(images), str(output), num_processes_preprocessing=npp,
+                                      num_processes_segmentation_export=nps, num_parts=num_parts, part_id=part_id,
+                                      **options)
+    return output
+
+
+def check_prediction_options(step_size: float, num_parts: int = 1, part_id: int = 0) -> None:
+    if not 0 < step_size <= 1:
+        raise TransplantError(f"-step_size must be above 0 and at most 1, not {step_size:g}")
+    if not 0 <= part_id < num_parts:
+        raise TransplantError(f"-part_id must lie between 0 and {num_parts - 1}, not {part_id}")
 
 
 def find_images(images: Path, predictor: nnUNetPredictor) -> list[list[str]]:

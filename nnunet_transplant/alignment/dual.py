@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from nnunet_transplant.alignment.matching import align_many, as_assignment, zip_units
 from nnunet_transplant.alignment.spec import Spec
-from nnunet_transplant.alignment.weights import Assignments, Network, WeightSimilarity, identity
+from nnunet_transplant.alignment.weight_space import Assignments, WeightSimilarity, identity
+from nnunet_transplant.architecture import Network
 
 MOST_SWEEPS = 100
 PATIENCE = 5  # sweeps without a better mean matched similarity
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -27,7 +29,7 @@ class Solver:
     pairs: Callable[[int], list[tuple[int, int]]]
 
 
-def aligned(to_mean: bool) -> Solver:
+def matcher(to_mean: bool) -> Solver:
     """Every unit with one of each other model: matched to the first model, or to the mean of the others."""
     def solve(similarity: np.ndarray, models: int, blocks: int) -> np.ndarray:
         return as_assignment(align_many(similarity, models, blocks, to_mean=to_mean))
@@ -37,7 +39,7 @@ def aligned(to_mean: bool) -> Solver:
     return Solver(solve, pairs)
 
 
-def zipped(decay: float, budget: float) -> Solver:
+def zipper(decay: float, budget: float) -> Solver:
     return Solver(lambda similarity, models, blocks: zip_units(similarity, models, decay, budget, blocks=blocks),
                   lambda models: list(combinations_with_replacement(range(models), 2)))
 

@@ -45,7 +45,7 @@ class Spec:
     program: ExportedProgram | None = field(repr=False, compare=False, default=None)
 
     def text(self) -> str:
-        """As --show_spec prints it: a line for every group, one for each of its segments."""
+        """As nnunet_transplant_spec prints it: a line for every group, one for each of its segments."""
         lines = []
         for group in self.groups.values():
             blocks = f" in {group.blocks} blocks" if group.blocks > 1 else ""

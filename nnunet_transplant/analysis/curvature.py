@@ -24,7 +24,7 @@ def fisher_diagonal(risk: Risk) -> dict[str, torch.Tensor]:
     each patch's loss. Its sum is the trace, the mean squared length of the gradient (Kunstner et al., NeurIPS 2019)."""
     parameters = list(risk.parameters.values())
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    for patch in risk.calibration.bar(risk.patches, "Fisher information"):
+    for patch in risk.bar(risk.patches, "Fisher information"):
         for sum_of, gradient in zip(total, torch.autograd.grad(risk.loss([patch]), parameters), strict=True):
             sum_of.addcmul_(gradient, gradient)
     return {name: each.div_(len(risk.patches)) for name, each in zip(risk.parameters, total, strict=True)}
@@ -73,7 +73,7 @@ def top_eigenvalues(hessian: Hessian, count: int, seed: int = 0) -> np.ndarray:
     count = min(count, hessian.size - 1)
     device = hessian.parameters[0].device
     start = np.random.default_rng(seed).normal(size=hessian.size).astype(np.float32)
-    with tqdm(desc="Hessian-vector products", unit="", delay=3, disable=not hessian.risk.calibration.progress) as bar:
+    with tqdm(desc="Hessian-vector products", unit="", delay=3, disable=not hessian.risk.progress) as bar:
         def product(vector: np.ndarray) -> np.ndarray:
             bar.update()
             vector = np.asarray(vector, np.float32).reshape(-1)
@@ -93,7 +93,7 @@ def hessian_trace(hessian: Hessian, probes: int, seed: int = 0) -> tuple[float, 
     device = hessian.parameters[0].device
     generator = torch.Generator().manual_seed(seed)
     values = []
-    for _ in hessian.risk.calibration.bar(range(probes), "trace of the Hessian"):
+    for _ in hessian.risk.bar(range(probes), "trace of the Hessian"):
         signs = torch.randint(0, 2, (hessian.size,), generator=generator).mul_(2).sub_(1).float().to(device)
         values.append(float(torch.dot(signs, hessian @ signs)))
     error = float(np.std(values, ddof=1) / probes ** 0.5) if probes > 1 else float("nan")

@@ -17,36 +17,39 @@ from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.flatness import save_flatness_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
-from nnunet_transplant.merging.calibration import Volumes
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, check_base, model_labels, open_models
 from nnunet_transplant.prediction import torch_device
+from nnunet_transplant.volumes import configuration_of, volumes_of
 
 JSON, TABLE, FIGURE = "flatness.json", "table.txt", "flatness.png"
 
 
-def flatness(models: Sequence[Path], volumes: Volumes, *, output: Path, tasks: Sequence[Path] = (), patches: int = 16,
-             eigenvalues: int = 10, probes: int = 10, batch_size: int | None = None, seed: int = 0,
-             checkpoint_name: str = CHECKPOINT, trust: bool = False, overwrite: bool = False,
-             progress: bool = False) -> dict[str, Any]:
+def flatness(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
+             tasks: Sequence[Path | str] = (), cases: str | None = None, n_cases: int | None = None,
+             n_patches: int = 16, n_eigenvalues: int = 10, n_probes: int = 10, batch_size: int | None = None,
+             seed: int = 0, checkpoint_name: str = CHECKPOINT, device: str = "cuda", trust: bool = False,
+             overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
     """Measure how sharply the loss of each model rises around it, and write flatness.json, table.txt and flatness.png.
 
     models: checkpoints, or trained model folders: each fold counts by itself.
-    volumes: labelled cases; `patches` patches of them, the same for all models that have the same plans. The Hessian is
-        that of the mean loss of these patches.
+    dataset, fold, cases, n_cases: labelled cases: the validation cases of a fold ("all": every case), or those chosen
+        by `cases` (FILE, train:K, val:K); so many of them, unless told as many as patches.
+    n_patches: of them, the same for all models that have the same plans. The Hessian is that of their mean loss.
     tasks: models fine-tuned from one of `models`, or task vector files: each gets the bound of Eq. 7,
         1/2 lambda_1 ||tau||^2, on what its task vector adds to the loss of its base, beside 1/2 tau^T H tau itself.
-    eigenvalues: how many of the Hessian; 0 leaves the Hessian out. probes: vectors of the estimate of its trace.
+    n_eigenvalues: of the Hessian; 0 leaves the Hessian out. n_probes: vectors of the estimate of its trace.
     batch_size: patches differentiated at once; the plans' unless told.
 
     Returns what flatness.json holds. Raises TransplantError for missing data, labels or models, and an existing output.
     """
-    if eigenvalues < 0 or probes < 0 or (batch_size is not None and batch_size < 1):
+    if n_eigenvalues < 0 or n_probes < 0 or (batch_size is not None and batch_size < 1):
         raise TransplantError("-n_eigenvalues and -n_probes must not be negative, and -batch_size at least 1")
-    if tasks and not eigenvalues:
+    if tasks and not n_eigenvalues:
         raise TransplantError("-tasks needs lambda_1: give -n_eigenvalues 1 or more")
     output = Path(os.path.abspath(output))
     check_output(output, [*models, *tasks], overwrite, JSON, "an earlier measurement")
-    torch_device(volumes.device)
+    torch_device(device)
+    volumes = volumes_of(dataset, fold, n_patches if n_cases is None else n_cases, cases)
     use_our_trainers()
     opened = [model for path in models for model in open_models(path, None, checkpoint_name, trust)]
     labels = model_labels([model.path for model in opened])
@@ -54,29 +57,29 @@ def flatness(models: Sequence[Path], volumes: Volumes, *, output: Path, tasks: S
     found: dict[str, Any] = {}
     bounds: dict[str, Any] = {}
     for label, model in zip(labels, opened, strict=True):
-        risk = open_risk(model, volumes, patches, seed, progress)
+        risk = open_risk(model, volumes, n_patches, seed, device, progress)
         fisher = torch.cat([each.reshape(-1) for each in fisher_diagonal(risk).values()])
         of_model = found[label] = {
             "path": str(model.path.resolve()), "sha256": file_sha256(model.path), "parameters": fisher.numel(),
             "cases": {patch.cases.dataset: list(patch.cases.files) for patch in risk.patches}, "loss": risk.mean(),
             "fisher_trace": float(fisher.double().sum()),
             "fisher_largest": fisher.topk(min(10, fisher.numel())).values.tolist()}
-        if not eigenvalues:
+        if not n_eigenvalues:
             continue
-        hessian = Hessian(risk, batch_size or risk.calibration.configuration.batch_size)
-        of_model["hessian_eigenvalues"] = top_eigenvalues(hessian, eigenvalues, seed).tolist()
-        if probes:
-            of_model["hessian_trace"], of_model["hessian_trace_error"] = hessian_trace(hessian, probes, seed)
+        hessian = Hessian(risk, batch_size or configuration_of(model).batch_size)
+        of_model["hessian_eigenvalues"] = top_eigenvalues(hessian, n_eigenvalues, seed).tolist()
+        if n_probes:
+            of_model["hessian_trace"], of_model["hessian_trace_error"] = hessian_trace(hessian, n_probes, seed)
         for task, tau in vectors.get(label, {}).items():
             norm = sum(float(part.double().square().sum()) for part in tau.values()) ** 0.5
             bounds[task] = {"base": label, "norm": norm, "quadratic": quadratic(hessian, tau),
                             "bound": 0.5 * of_model["hessian_eigenvalues"][0] * norm ** 2}
-    result = {"patches": patches, "seed": seed, "models": found, "tasks": bounds}
+    result = {"patches": n_patches, "seed": seed, "models": found, "tasks": bounds}
     with atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()
         (folder / JSON).write_text(json.dumps(_without_nan(result), indent=4) + "\n", encoding="utf-8")
         (folder / TABLE).write_text(table(result) + "\n", encoding="utf-8")
-        save_flatness_figure(found, patches, folder / FIGURE)
+        save_flatness_figure(found, n_patches, folder / FIGURE)
     return result
 
 

@@ -22,14 +22,12 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.interference import save_interference_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
-from nnunet_transplant.merging.apply import Piece, is_finite
-from nnunet_transplant.merging.merge import check_finite
-from nnunet_transplant.merging.stages import stage_of
-from nnunet_transplant.merging.ties import thresholds
-from nnunet_transplant.merging.vectors import TaskVectors, Tensors, blocks, in_parallel, keep_from
+from nnunet_transplant.methods.apply import Piece
+from nnunet_transplant.methods.ties import thresholds
 from nnunet_transplant.model_folder import (
     CHECKPOINT,
     TrainedModel,
+    check_finite,
     check_mergeable,
     common_theta_0,
     common_theta_0_sha256,
@@ -37,7 +35,9 @@ from nnunet_transplant.model_folder import (
     open_models,
     open_theta_0,
 )
+from nnunet_transplant.stages import stage_of
 from nnunet_transplant.tables import aligned_lines, mean_without_nan
+from nnunet_transplant.vectors import TaskVectors, Tensors, blocks, in_parallel, is_finite, keep_from
 
 JSON, CSV, FIGURE, TABLE = "interference.json", "interference.csv", "interference.png", "table.txt"
 WHOLE = "whole network"

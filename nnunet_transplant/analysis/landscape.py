@@ -22,10 +22,10 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.landscape import save_lines_figure, save_plane_figure
 from nnunet_transplant.files import atomic_path, file_sha256
 from nnunet_transplant.heads import structures
-from nnunet_transplant.merging.calibration import Volumes
-from nnunet_transplant.merging.vectors import add_weighted
 from nnunet_transplant.model_folder import CHECKPOINT, check_mergeable, model_labels, open_models
 from nnunet_transplant.prediction import torch_device
+from nnunet_transplant.vectors import add_weighted
+from nnunet_transplant.volumes import volumes_of
 
 JSON, CSV, PLANE, LINES = "landscape.json", "landscape.csv", "plane.png", "lines.png"
 MARGIN = 0.25  # of the plane's extent, around the models
@@ -88,7 +88,7 @@ class Losses:
 
 
 def _loss(risk: Risk, mixed: Mapping[str, torch.Tensor]) -> float:
-    layout = risk.calibration.models[0].layout
+    layout = risk.model.layout
     state = risk.network.state_dict()
     with torch.no_grad():
         for name, canonical in layout.canonical.items():
@@ -97,15 +97,19 @@ def _loss(risk: Risk, mixed: Mapping[str, torch.Tensor]) -> float:
     return risk.mean()
 
 
-def landscape(models: Sequence[Path], volumes: Volumes, *, output: Path, also: Sequence[Path] = (), patches: int = 8,
+def landscape(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
+              also: Sequence[Path | str] = (), cases: str | None = None, n_cases: int | None = None, n_patches: int = 8,
               points: int = 17, line_points: int = 11, seed: int = 0, checkpoint_name: str = CHECKPOINT,
-              trust: bool = False, overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
+              device: str = "cuda", trust: bool = False, overwrite: bool = False,
+              progress: bool = False) -> dict[str, Any]:
     """Measure the loss around and between models, and draw it (MuDSC, Fig. 3).
 
     models: the experts, two or more. Where their labels differ each is a task, whose loss is that of its own labels
         with its own heads; models of the same labels have one loss, and their heads are mixed like the rest.
     also: models to mark and to lay the plane through, such as the base and merged models; of their heads as above.
-    volumes, patches, seed: see `risk.open_risk`; every task's patches come from the same cases.
+    dataset, fold, cases, n_cases: labelled cases: the validation cases of a fold ("all": every case), or those chosen
+        by `cases` (FILE, train:K, val:K); so many of them, unless told as many as patches.
+    n_patches, seed: see `risk.open_risk`; every task's patches come from the same cases.
     points: of the plane, along each axis; measured from coarse to fine. 0, or only two models: no plane.
     line_points: of each line between two experts, both ends included.
 
@@ -114,7 +118,8 @@ def landscape(models: Sequence[Path], volumes: Volumes, *, output: Path, also: S
     """
     if points < 0 or line_points < 2:
         raise TransplantError("-points must not be negative, and -line_points at least 2")
-    torch_device(volumes.device)
+    torch_device(device)
+    volumes = volumes_of(dataset, fold, n_patches if n_cases is None else n_cases, cases)
     use_our_trainers()
     experts = [model for path in models for model in open_models(path, None, checkpoint_name, trust)]
     every = experts + [model for path in also for model in open_models(path, None, checkpoint_name, trust)]
@@ -128,12 +133,12 @@ def landscape(models: Sequence[Path], volumes: Volumes, *, output: Path, also: S
     networks = [{name: model.tensors()[name] for name in names} for model in every]
     tasks = {"loss": experts[0]} if same else {", ".join(structures(expert)): expert for expert in experts}
     setup = {"models": {label: file_sha256(model.path) for label, model in zip(labels, every, strict=True)},
-             "experts": len(experts), "tasks": list(tasks), "cases": volumes.cases,
-             "dataset": [str(name) for name in volumes.datasets], "patches": patches, "seed": seed, "points": points,
+             "experts": len(experts), "tasks": list(tasks), "cases": volumes.cases, "n_cases": volumes.n_cases,
+             "dataset": [str(name) for name in volumes.datasets], "patches": n_patches, "seed": seed, "points": points,
              "line_points": line_points}
     output = Path(os.path.abspath(output))
     known = _measured(output, setup, overwrite)
-    losses = Losses(networks, {task: open_risk(expert, volumes, patches, seed, progress)
+    losses = Losses(networks, {task: open_risk(expert, volumes, n_patches, seed, device, progress)
                                for task, expert in tasks.items()})
     if not known:
         output.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,23 @@
 """The empirical risk of a trained model: nnU-Net's loss on seeded patches of a dataset's labelled cases."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
+from tqdm import tqdm
 
 from nnunet_transplant.architecture import build_network, canonical_parameters
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.heads import origin
 from nnunet_transplant.labels import foreground_values
-from nnunet_transplant.merging.calibration import Calibration, Patch, Volumes, padded, preprocessed
-from nnunet_transplant.merging.coefficients import Loss, segmentation_loss
+from nnunet_transplant.loss import Loss, segmentation_loss
 from nnunet_transplant.model_folder import TrainedModel
+from nnunet_transplant.volumes import Patch, Volumes, configuration_of, images_of, padded, preprocessed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,11 @@ class Risk:
     """The mean over patches of nnU-Net's loss as a function of a network's parameters: deep supervision as in training,
     dropout off, no augmentation. Dice is that of each patch, whatever the plans say of batches, so that it is a mean.
     """
-    calibration: Calibration
+    model: TrainedModel
     network: nn.Module
-
-    @property
-    def patches(self) -> Sequence[Patch]:
-        return self.calibration.patches
+    patches: Sequence[Patch]
+    device: torch.device
+    progress: bool = False
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -40,11 +42,11 @@ class Risk:
 
     @cached_property
     def _loss_of_logits(self) -> Loss:
-        return segmentation_loss(self.calibration, batch_dice=False)
+        return segmentation_loss(self.model.plans, self.model.dataset_json, batch_dice=False, device=self.device)
 
     def loss(self, patches: Sequence[Patch]) -> torch.Tensor:
         """The mean over these patches, differentiable."""
-        outputs = self.network(self.calibration.images(patches))
+        outputs = self.network(images_of(patches, self.device))
         if not isinstance(outputs, (list, tuple)):
             return self._loss_of_logits(outputs, patches)
         weights = [0.5 ** i for i in range(len(outputs) - 1)] or [1.0]  # nnU-Net's: none for the lowest
@@ -55,15 +57,19 @@ class Risk:
         """Over all patches, in batches as large as the plans', without a gradient."""
         with torch.no_grad():
             total = sum(float(self.loss(patches)) * len(patches)
-                        for patches in self.batches(self.calibration.configuration.batch_size))
+                        for patches in self.batches(configuration_of(self.model).batch_size))
         return total / len(self.patches)
+
+    def bar(self, items: Iterable[T], what: str) -> Iterable[T]:
+        return tqdm(items, desc=what, delay=3, disable=not self.progress)
 
     def batches(self, size: int) -> Iterator[Sequence[Patch]]:
         for start in range(0, len(self.patches), size):
             yield self.patches[start:start + size]
 
 
-def open_risk(model: TrainedModel, volumes: Volumes, patches: int, seed: int = 0, progress: bool = False) -> Risk:
+def open_risk(model: TrainedModel, volumes: Volumes, patches: int, seed: int = 0, device: str = "cpu",
+              progress: bool = False) -> Risk:
     """A model's risk on so many patches of labelled cases. See `draw` for which patches.
 
     Raises TransplantError for datasets, cases, channels or label maps that are not there, or lack a structure of the
@@ -71,19 +77,9 @@ def open_risk(model: TrainedModel, volumes: Volumes, patches: int, seed: int = 0
     """
     if patches < 1:
         raise TransplantError(f"-n_patches must be at least 1, not {patches}")
-    calibration = Calibration([model], [model.tensors()], model.dataset_json, {}, model.trainer,
-                              draw(model, volumes, patches, seed), volumes, progress)
     network = build_network(model.plans, model.configuration, model.dataset_json, model.trainer)
     network.load_state_dict(model.state_dict())
-    return Risk(calibration, network.to(calibration.device).eval())
-
-
-def volumes_of(dataset: str | int, fold: str | int, n_cases: int, cases: str | None = None,
-               device: str = "cpu") -> Volumes:
-    """The validation cases of a fold, all cases (fold "all"), or those chosen; of them so many."""
-    if cases is None and str(fold) != "all":
-        cases = f"val:{fold}"
-    return Volumes([dataset], n_cases, cases, device)
+    return Risk(model, network.to(device).eval(), draw(model, volumes, patches, seed), torch.device(device), progress)
 
 
 def draw(model: TrainedModel, volumes: Volumes, count: int, seed: int) -> list[Patch]:
@@ -92,8 +88,7 @@ def draw(model: TrainedModel, volumes: Volumes, count: int, seed: int) -> list[P
     cases and plans.
     """
     found = list(preprocessed(volumes, model))
-    plans = PlansManager(model.plans)
-    size = plans.get_configuration(model.configuration).patch_size
+    size = configuration_of(model).patch_size
     patches = []
     for index in range(count):
         data, values, cases = found[index % len(found)]

@@ -22,9 +22,10 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.heads import shares
-from nnunet_transplant.merging.align import EQUAL
-from nnunet_transplant.merging.registry import RATIOS, SHARES, SUM_TO_ONE, Method
+from nnunet_transplant.heads import scaled_to_one
+from nnunet_transplant.methods.registry import CONVEX, RATIOS, SUM_TO_ONE
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.steps import did_you_mean
 
 SAMPLERS = ("tpe", "gp", "cmaes")
 ATTEMPTS = 4  # to open a storage
@@ -36,15 +37,15 @@ Evaluate = Callable[[list[float] | None, dict[str, Any]], dict[str, float]]  # w
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: w_1 to w_T, unless the method takes no weights, and numbers of the method's parameters."""
+    """What is searched: w_1 to w_T, unless the merge takes no weights, and options of its steps."""
     ranges: dict[str, FloatDistribution | IntDistribution]
     default: dict[str, float]  # a point: where nothing is tuned
-    models: int                # that have a weight each; 0 for methods that take none
-    shares: bool               # the weights of a point are scaled to sum to 1
+    models: int                # that have a weight each; 0 for merges that take none
+    on_simplex: bool           # the weights of a point are scaled to sum to 1
 
     def weights(self, point: Point) -> list[float] | None:
         found = [float(point[f"w_{i}"]) for i in range(1, self.models + 1)]
-        return (shares(found) if self.shares else found) if found else None
+        return (scaled_to_one(found) if self.on_simplex else found) if found else None
 
     def parameters(self, point: Point) -> dict[str, Any]:
         return {name: point[name] for name in list(self.ranges)[self.models:]}
@@ -53,24 +54,24 @@ class Space:
         return {name: [each.low, each.high] for name, each in self.ranges.items()}
 
 
-def open_space(method: Method, settings: Mapping[str, Any], models: int, weight_range: Sequence[float] | None = None,
+def open_space(recipe: Recipe, models: int, weight_range: Sequence[float] | None = None,
                searched: Mapping[str, Sequence[float]] | None = None) -> Space:
-    """The space of a method's weights and of the parameters `searched` (name -> lowest, highest).
+    """The space of the weights of a recipe's merge and of the options `searched` (name -> lowest, highest), which hold
+    their default.
 
-    settings: all parameters of the method; those that are searched hold their default.
     weight_range: of free weights, default RANGE. Methods whose weights sum to 1, or of whose weights only the ratios
-    count, have none: their weights are shares of 1, on the simplex.
-    Raises TransplantError for ranges that are none, that leave out the default, or go beyond what the method allows.
+    count, have none: their weights lie on the simplex.
+    Raises TransplantError for ranges that are none, that leave out the default, or go beyond what the step allows.
     """
-    then = method.then(settings)
-    takes_weights = method.weights_rule is not EQUAL
-    of_one = then.weights_rule in (SUM_TO_ONE, SHARES, RATIOS)
-    if weight_range is not None and (of_one or not takes_weights):
-        raise TransplantError(f"the weights of method {then.name} are shares of 1: leave out -range" if takes_weights
-                              else f"method {method.name} takes no weights: leave out -range")
-    low, high = (0.0, 1.0) if of_one else weight_range or RANGE
+    method, settings = recipe.merging, recipe.settings()
+    takes_weights = recipe.aligner is None or not recipe.aligner.mean_only(settings[recipe.aligner.name])
+    on_simplex = method.weights_rule in (SUM_TO_ONE, CONVEX, RATIOS)
+    if weight_range is not None and (on_simplex or not takes_weights):
+        raise TransplantError(f"the weights of method {method.name} sum to 1: leave out -range" if takes_weights
+                              else "a zip takes no weights: leave out -range")
+    low, high = (0.0, 1.0) if on_simplex else weight_range or RANGE
     # the default of nnunet_transplant_merge itself is the average, U-Net Transplant's diamond in Fig. 3
-    plain = 1 / models if of_one or then.name == "task_arithmetic" else then.weights_rule.default(models)
+    plain = 1 / models if on_simplex or method.name == "task_arithmetic" else method.weights_rule.default(models)
     if low < 0:
         raise TransplantError("-range must not be negative: a negative weight takes its structures out of the model")
     ranges: dict[str, FloatDistribution | IntDistribution] = {}
@@ -78,18 +79,20 @@ def open_space(method: Method, settings: Mapping[str, Any], models: int, weight_
     for i in range(models if takes_weights else 0):
         ranges[f"w_{i + 1}"] = _range("-range", float, low, high, plain)
         default[f"w_{i + 1}"] = plain
-    known = {parameter.name: parameter for each in (method, then) for parameter in each.parameters}
+    numbers = {name: (parameter, settings[step.name][parameter.name]) for step in recipe.steps
+               for parameter in step.parameters if not parameter.choices
+               for name in (parameter.name, f"{step.name}.{parameter.name}")}
     for name, (low, high) in (searched or {}).items():
-        if name not in known or known[name].choices:
-            numbers = [f"{other}" for other, parameter in known.items() if not parameter.choices]
-            raise TransplantError(f"-search {name}: method {method.name} has no such number (it has: "
-                                  f"{', '.join(numbers) or 'none'})")
-        low, high = known[name].check(low), known[name].check(high)
-        ranges[name] = _range(f"-search {name}", known[name].kind, low, high, settings[name])
-        default[name] = settings[name]
+        if name not in numbers:
+            known = [name for name in numbers if "." not in name]
+            raise TransplantError(f"-search {name}: this merge has no such number{did_you_mean(name, known)} (it has: "
+                                  f"{', '.join(known) or 'none'})")
+        parameter, default[name] = numbers[name]
+        ranges[name] = _range(f"-search {name}", parameter.kind, parameter.check(low), parameter.check(high),
+                              default[name])
     if not ranges:
-        raise TransplantError(f"method {method.name} takes no weights: give -search with numbers to search")
-    return Space(ranges, default, models if takes_weights else 0, of_one)
+        raise TransplantError("a zip takes no weights: give -search with numbers to search")
+    return Space(ranges, default, models if takes_weights else 0, on_simplex)
 
 
 def _range(what: str, kind: type, low: float, high: float, default: float) -> FloatDistribution | IntDistribution:
@@ -181,7 +184,7 @@ def search(study: optuna.Study, space: Space, evaluate: Evaluate, structures: Se
             _evaluate_next(study, space, evaluate, structures)
             done = finished(study)
             bar.n = min(total, _count(done, points))
-            bar.set_postfix_str(f"best mean Dice {max(map(mean_dice, done)):.4f}")
+            bar.set_postfix_str(f"best mean Dice {max(map(trial_dice, done)):.4f}")
 
 
 def _evaluate_next(study: optuna.Study, space: Space, evaluate: Evaluate, structures: Sequence[str]) -> None:
@@ -199,7 +202,7 @@ def _evaluate_next(study: optuna.Study, space: Space, evaluate: Evaluate, struct
     study.tell(trial, values if len(study.directions) > 1 else float(np.mean(values)))
 
 
-def mean_dice(trial: FrozenTrial) -> float:
+def trial_dice(trial: FrozenTrial) -> float:
     return float(np.mean(list(trial.user_attrs["dice"].values())))
 
 

@@ -21,10 +21,10 @@ from nnunet_transplant.analysis.search import (
     finished,
     grid_axes,
     grid_points,
-    mean_dice,
     open_space,
     open_study,
     search,
+    trial_dice,
 )
 from nnunet_transplant.data.cases import Cases, evaluation_cases
 from nnunet_transplant.environment import use_our_trainers, versions
@@ -32,18 +32,21 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.sweep import save_front_figure, save_maps_figure, save_slices_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
-from nnunet_transplant.merging import Method, Recipe, Volumes
-from nnunet_transplant.merging.registry import SEED, find
+from nnunet_transplant.merger import Merger
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, open_theta_0
 from nnunet_transplant.prediction import torch_device
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.record import recipe_file
 from nnunet_transplant.tables import aligned_lines
 from nnunet_transplant.targets import Target, name_targets
+from nnunet_transplant.volumes import Volumes
 
-SUMMARY, WEIGHTS, CSV, TABLE, FIGURE = "sweep.json", "weights.json", "sweep.csv", "table.txt", "sweep.png"
+SUMMARY, RECIPE, CSV, TABLE, FIGURE = "sweep.json", "recipe.json", "sweep.csv", "table.txt", "sweep.png"
 FRONT_CSV, FRONT_FIGURE = "pareto.csv", "pareto.png"
 STUDY = "study.log"
 GRID = 21  # values of each weight: U-Net Transplant, Fig. 3
 OBJECTIVES = ("mean", "structures")
+ARITHMETIC = Recipe("task_arithmetic")
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Plan:
         Neither: the grid of the paper.
     weight_range, searched: see `search.open_space`.
     objective: the mean over the structures, or each of them (OBJECTIVES).
-    tune: the share of the cases to tune on; nothing is reported with 1. n_cases: how many cases in all.
-    seed: of the split of the cases, of the search and of the method's own random choices.
+    tune: the share of the cases to tune on; nothing is reported with 1.
+    seed: of the split of the cases, of the search and of the steps' own random choices.
     storage: a database's URL or a journal file, that several machines may share; by default study.log in the output.
     """
     grid: int | None = None
@@ -65,7 +68,6 @@ class Plan:
     searched: Mapping[str, Sequence[float]] | None = None
     objective: str = "mean"
     tune: float = 0.5
-    n_cases: int | None = None
     seed: int = 0
     storage: str | None = None
     study: str = "sweep"
@@ -91,26 +93,26 @@ class Plan:
             raise TransplantError("-sampler cmaes knows one objective: give -objective mean, or -sampler tpe")
         if not 0 < self.tune <= 1:
             raise TransplantError(f"-tune must be above 0 and at most 1, not {self.tune:g}")
-        SEED.check(self.seed)
+        if not 0 <= self.seed < 2 ** 31:
+            raise TransplantError(f"-seed must lie between 0 and {2 ** 31 - 1}, not {self.seed}")
         return self if self.trials is not None else replace(self, grid=self.grid or GRID)
 
 
-def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, output: Path, plan: Plan = Plan(),
-          method: str = "task_arithmetic", parameters: Mapping[str, Any] | None = None, base: Path | None = None,
-          checkpoint_name: str = CHECKPOINT, device: str = "cuda", step_size: float = 0.5, mirroring: bool = False,
-          fit_head: bool = False, same_channels: bool = False, trust: bool = False, overwrite: bool = False,
-          progress: bool = False) -> dict[str, Any]:
+def sweep(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
+          plan: Plan = Plan(), recipe: Recipe = ARITHMETIC, base: Path | str | None = None,
+          cases: str | None = None, n_cases: int | None = None, checkpoint_name: str = CHECKPOINT,
+          device: str = "cuda", step_size: float = 0.5, mirroring: bool = False, trust: bool = False,
+          overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
     """Search the coefficients with which trained models merge best, and write what was found to a folder.
 
     models: trained model folders, checkpoints inside them or task vector files; the folds of a folder share its weight.
-    dataset, fold: whose validation cases are scored ("all": every case), at the resolution of preprocessing.
-    output: gets sweep.json, weights.json, sweep.csv, table.txt, sweep.png, and pareto.csv and pareto.png where each
+    dataset, fold, cases, n_cases: the cases to score at the resolution of preprocessing, as `evaluate` takes them.
+    output: gets sweep.json, recipe.json, sweep.csv, table.txt, sweep.png, and pareto.csv and pareto.png where each
         structure is an objective. Unless the plan names another storage, every evaluation is stored in its study.log
         as it comes: called again, the sweep goes on from there. overwrite starts anew.
-    parameters: of the method, by name. base: theta_0, as `merge_folders` takes it.
+    recipe: of every merge, but for its weights and for what is searched; where a step looks at volumes and the recipe
+        names none, those that the fold trains on. base: theta_0, as `merge_folders` takes it.
     mirroring: at test time; takes up to eight times as long.
-    fit_head: to every merge, with images that the fold trains on and without their labels.
-    same_channels: the models' image channels are the same, whatever they are called.
 
     Returns the content of sweep.json. Raises TransplantError for what a user can mend.
     """
@@ -122,44 +124,45 @@ def sweep(models: Sequence[Path], dataset: str | int, fold: str | int = "0", *, 
         raise TransplantError("--overwrite would take a shared study from those who work on it: give another -study")
     _check_output(output, models, overwrite)
     target_device = torch_device(device)
-    how = find(method)
-    given = dict(parameters or {})
-    if any(parameter.name == SEED.name for each in (how, how.then(given)) for parameter in each.parameters):
-        given = {SEED.name: plan.seed} | given
-    settings = how.settings(given)
-    space = open_space(how, settings, len(models), plan.weight_range, plan.searched)
-    if plan.grid is not None and (space.shares or not space.models):
-        raise TransplantError(f"-grid is for weights that are free of each other, and those of {method} are not: use "
-                              "-method task_arithmetic, or -trials")
+    if any(parameter.name == "seed" for step in recipe.steps for parameter in step.parameters):
+        recipe = replace(recipe, parameters={"seed": plan.seed, **recipe.parameters})
+    space = open_space(recipe, len(models), plan.weight_range, plan.searched)
+    if plan.grid is not None and (space.on_simplex or not space.models):
+        raise TransplantError("-grid is for weights that are free of each other, and those of "
+                              f"{recipe.method} are not: use -method task_arithmetic, or -trials")
     if plan.sampler == "cmaes" and len(space.ranges) < 2:
         raise TransplantError("-sampler cmaes needs at least two numbers to search: use -sampler tpe")
-    evaluation_cases(dataset, fold)
+    scored = evaluation_cases(dataset, fold, cases, n_cases)
+    if recipe.looking and recipe.volumes is None:
+        recipe = replace(recipe, volumes=_volumes(dataset, fold, cases))
     use_our_trainers()
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [open_models(path, None, checkpoint_name, trust, theta_0) for path in models]
-    recipe = Recipe(method, space.weights(space.default), given, fit_head=fit_head, same_channels=same_channels,
-                    volumes=_volumes(dataset, fold, device) if fit_head or how.looks(given) else None)
-    network = MergedNetwork(groups, recipe, theta_0, base, target_device, step_size, mirroring)
-    job = _open_job(network, space, dataset, fold, plan, groups, progress)
+    merger = Merger(groups, replace(recipe, weights=space.weights(space.default)), theta_0, base, target_device)
+    network = MergedNetwork(merger, target_device, step_size, mirroring)
+    job = _open_job(network, space, scored, plan, groups[0][0], progress)
 
+    fixed = {name: value for name, value in recipe.in_full().parameters.items()
+             if name not in space.ranges and name.rpartition(".")[2] not in space.ranges}
     inputs = {"models": [[each["sha256"], each["group"]] for each in network.merged.provenance["inputs"]],
               "base": network.merged.provenance["theta_0_sha256"], "labels": job.cases.dataset_json["labels"],
               "cases": _hashes(job.cases, job.tuning),
-              "method or parameters": [method, {name: value for name, value in settings.items()
-                                                if name not in space.ranges}],
+              "steps or parameters": [recipe.align, recipe.method, list(recipe.fit), fixed],
+              "volumes": network.merged.provenance["volumes"],
               "ranges": space.described(), "objective": plan.objective, "prediction options": [step_size, mirroring]}
-    if fit_head:
-        inputs["head"] = "fitted"
     output.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        for name in (STUDY, SUMMARY, WEIGHTS, CSV, TABLE, FIGURE, FRONT_CSV, FRONT_FIGURE):
+        for name in (STUDY, SUMMARY, RECIPE, CSV, TABLE, FIGURE, FRONT_CSV, FRONT_FIGURE):
             (output / name).unlink(missing_ok=True)
     study = open_study(plan.storage or str(output / STUDY), plan.study, len(job.structures)
                        if plan.objective == "structures" else 1, inputs)
     search(study, space, job.evaluate, job.structures, None if plan.grid is None else grid_points(space, plan.grid),
            plan.trials or 0, plan.sampler, plan.seed, progress)
-    found = _result(study, job, plan, dict(zip(_names(groups, models), models, strict=True)), how, settings, fold)
-    _write(found, study, job, plan, output)
+    found = _result(study, job, plan, dict(zip(_names(groups, models), models, strict=True)), fold)
+    best = merger.recipe.given(found["best"]["parameters"])
+    best = replace(best, weights=found["best"]["weights"])
+    _write(found, recipe_file(best, [Path(path) for path in models], None if base is None else Path(base)), study, job,
+           plan, output)
     return found
 
 
@@ -169,12 +172,12 @@ def _check_output(output: Path, models: Sequence[Path], overwrite: bool) -> None
     check_output(output, models, overwrite or (output / marker).is_file(), marker, "an earlier sweep")
 
 
-def _volumes(dataset: str | int, fold: str | int, device: str) -> Volumes:
+def _volumes(dataset: str | int, fold: str | int, cases: str | None) -> Volumes:
     """For merges that look at volumes, those that the fold trains on: never those they are scored on."""
-    if str(fold) == "all":
-        raise TransplantError("this merge looks at volumes, and -f all leaves none but those it is scored on: give the "
-                              "number of a fold")
-    return Volumes([dataset], cases=f"train:{int(fold)}", device=device if device == "cuda" else "cpu")
+    if cases is not None or str(fold) == "all":
+        raise TransplantError("this merge looks at volumes, and nobody says which are not those it is scored on: give "
+                              "-f the number of a fold, without -cases")
+    return Volumes([dataset], cases=f"train:{int(fold)}")
 
 
 def _names(groups: Sequence[Sequence[TrainedModel]], models: Sequence[Path]) -> list[str]:
@@ -223,13 +226,12 @@ def split_cases(count: int, tune: float, seed: int) -> tuple[list[int], list[int
     return sorted(order[:tuning]), sorted(order[tuning:])
 
 
-def _open_job(network: MergedNetwork, space: Space, dataset: str | int, fold: str | int, plan: Plan,
-              groups: Sequence[Sequence[TrainedModel]], progress: bool) -> _Job:
-    merged = network.merged
-    (targets,), notes = name_targets(["the merged model"], [[merged]], evaluation_cases(dataset, fold))
-    cases, labelled = open_labelled_cases(dataset, fold, groups[0][0], plan.n_cases, progress)
+def _open_job(network: MergedNetwork, space: Space, scored: Cases, plan: Plan, model: TrainedModel,
+              progress: bool) -> _Job:
+    (targets,), notes = name_targets(["the merged model"], [[network.merged]], scored)
+    labelled = open_labelled_cases(scored, model, progress)
     if len(labelled) < 2 and plan.tune < 1:
-        raise TransplantError(f"a sweep needs a case to tune on and one to report on: {cases.dataset} has only one "
+        raise TransplantError(f"a sweep needs a case to tune on and one to report on: {scored.dataset} has only one "
                               f"here (-tune 1 reports nothing)")
     tuning, reporting = ([labelled[i] for i in part] for part in split_cases(len(labelled), plan.tune, plan.seed))
     there = [target for target in targets
@@ -239,7 +241,7 @@ def _open_job(network: MergedNetwork, space: Space, dataset: str | int, fold: st
         raise TransplantError(f"no case to tune on has {' or '.join(missing)}: take more cases (-tune, -n_cases)")
     if missing:
         notes = [*notes, f"note: no case to tune on has {', '.join(missing)}: not scored"]
-    return _Job(network, space, cases, tuning, reporting, there, notes)
+    return _Job(network, space, scored, tuning, reporting, there, notes)
 
 
 def _hashes(cases: Cases, chosen: Sequence[LabelledCase]) -> dict[str, list[str]]:
@@ -251,11 +253,12 @@ def _hashes(cases: Cases, chosen: Sequence[LabelledCase]) -> dict[str, list[str]
 # ---------------------------------------------------------------------------------------------------------------------
 # What was found
 
-def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Path], method: Method,
-            settings: Mapping[str, Any], fold: str | int) -> dict[str, Any]:
+def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Path | str],
+            fold: str | int) -> dict[str, Any]:
+    recipe = job.network.merger.recipe
     trials = finished(study)
     default = next(trial for trial in trials if trial.params == job.space.default)
-    best = max([default, *trials], key=mean_dice)  # of equals the first: the default
+    best = max([default, *trials], key=trial_dice)  # of equals the first: the default
     failed = sum("failure" in trial.user_attrs for trial in trials)
     notes = [*job.notes, *([f"note: {failed} of {len(trials)} merges have no usable logits and count as Dice 0"]
                            if failed else [])]
@@ -270,9 +273,9 @@ def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Pat
             except TransplantError as error:
                 notes.append(f"note: trial {trial.number} on the reporting cases: {error}")
                 dice["reporting"] = _with_mean(dict.fromkeys(job.structures, 0.0))
-        return {"trial": trial.number, "weights": weights, "parameters": dict(settings) | parameters, "dice": dice}
+        return {"trial": trial.number, "weights": weights, "parameters": parameters, "dice": dice}
     return {
-        "dataset": job.cases.dataset, "fold": str(fold), "method": method.name, "fit_head": job.network.fits_head,
+        "dataset": job.cases.dataset, "fold": str(fold), "recipe": recipe.in_full().to_json(),
         "models": {name: str(Path(path).resolve()) for name, path in models.items()},
         "default": described(default), "best": described(best),
         "cases": {"tuning": [case.name for case in job.tuning], "reporting": [case.name for case in job.reporting]},
@@ -298,7 +301,7 @@ def trials_table(study: optuna.Study, space: Space) -> pd.DataFrame:
         rows.append({"trial": trial.number, **{f"w_{i}": weight for i, weight in enumerate(weights, 1)},
                      **space.parameters(trial.params),
                      **{f"dice_{name}": dice for name, dice in trial.user_attrs["dice"].items()},
-                     "dice_mean": mean_dice(trial), "seconds": trial.duration.total_seconds(),
+                     "dice_mean": trial_dice(trial), "seconds": trial.duration.total_seconds(),
                      "failure": trial.user_attrs.get("failure", "")})
     return pd.DataFrame(rows)
 
@@ -322,9 +325,8 @@ def table(found: Mapping[str, Any]) -> str:
     reported = f"reported on {others} other{'s' * (others > 1)}" if others else \
         "nothing is reported (-tune 1): the best is best on the cases it was chosen on"
     how = f"grid of {found['grid']} x {found['grid']}" if found["grid"] else found["sampler"]
-    head = ", each with its head fitted," if found["fit_head"] else ""
     return "\n".join([
-        f"Sweep of {found['method']}{head} on {found['dataset']}, {of_fold}: {found['evaluations']} merges ({how}), "
+        f"Sweep of {steps_in_words(found)} on {found['dataset']}, {of_fold}: {found['evaluations']} merges ({how}), "
         f"{found['seconds_per_evaluation']:.3g} s each",
         f"Dice at the resolution of preprocessing; tuned on {len(cases['tuning'])} case"
         f"{'s' * (len(cases['tuning']) > 1)}, {reported}", "", *aligned_lines(lines, 1), "",
@@ -335,14 +337,17 @@ def _number(value: float | None) -> str:
     return "nan" if value is None else f"{value:.4f}"
 
 
-def _write(found: dict[str, Any], study: optuna.Study, job: _Job, plan: Plan, output: Path) -> None:
+def steps_in_words(found: Mapping[str, Any]) -> str:
+    recipe = found["recipe"]
+    return " + ".join([*([recipe["align"]] if recipe["align"] else []), recipe["method"], *recipe["fit"]])
+
+
+def _write(found: dict[str, Any], best: Mapping[str, Any], study: optuna.Study, job: _Job, plan: Plan,
+           output: Path) -> None:
     """Each file whole or not at all: another worker of the same study may write them too."""
-    best = found["best"]
     frame = trials_table(study, job.space)
-    weights = {"method": found["method"], "parameters": best["parameters"], "weights": best["weights"],
-               "models": list(found["models"].values()), "dataset": found["dataset"], "dice": best["dice"]}
     _write_file(output / SUMMARY, _json(found))
-    _write_file(output / WEIGHTS, _json(weights))
+    _write_file(output / RECIPE, _json(best))
     _write_file(output / CSV, lambda file: frame.to_csv(file, index=False))
     _write_file(output / TABLE, lambda file: file.write(f"{table(found)}\n".encode()))
     _write_file(output / FIGURE, lambda file: _draw(found, frame, job, plan, file))
@@ -370,15 +375,14 @@ def _marks(found: Mapping[str, Any], frame: pd.DataFrame) -> dict[str, int]:
 
 def _title(found: Mapping[str, Any]) -> str:
     count = len(found["cases"]["tuning"])
-    head = ", head fitted" if found["fit_head"] else ""
-    return f"Merged by {found['method']}{head}, Dice on {count} tuning case{'s' * (count > 1)} of {found['dataset']}"
+    return f"Merged by {steps_in_words(found)}, Dice on {count} tuning case{'s' * (count > 1)} of {found['dataset']}"
 
 
 def _draw(found: Mapping[str, Any], frame: pd.DataFrame, job: _Job, plan: Plan, file: BinaryIO) -> None:
     """Two free weights and nothing else as maps; anything else as a plot for each number that was searched."""
     labels = {f"w_{i}": f"w_{i}: {name}" for i, name in enumerate(found["models"], 1)}
     ranges = {name: labels.get(name, f"-{name}") for name in job.space.ranges}
-    if list(ranges) == ["w_1", "w_2"] and not job.space.shares:
+    if list(ranges) == ["w_1", "w_2"] and not job.space.on_simplex:
         dice = {name: frame[f"dice_{name}"].to_numpy() for name in job.structures}
         if len(dice) > 1:
             dice["mean"] = frame["dice_mean"].to_numpy()

@@ -1,19 +1,65 @@
-"""What every command shares: a parser whose help ends with an example, and one clear line for bad input."""
+"""What every command shares: a parser whose help is in groups and ends with an example, flags that mean the same
+everywhere, and one clear line for bad input."""
 import argparse
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from nnunet_transplant.errors import TransplantError, TransplantNote
+from nnunet_transplant.model_folder import CHECKPOINT
+from nnunet_transplant.steps import did_you_mean
 
 
-def command_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"nnunet_transplant_{name}", description=description, epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """What is wrong is one line, and a flag that nobody knows may be one misspelt."""
 
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
+        if message.startswith("unrecognized") and unknown.startswith("-"):
+            message = f"there is no option {unknown}{did_you_mean(unknown, self._option_string_actions)}"
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('the following ')}. {self.prog} -h says more\n")
+
+
+def command_parser(name: str, description: str, example: str, usage: str | None = None) -> Parser:
+    prog = f"nnunet_transplant_{name}"
+    return Parser(prog=prog, description=description, epilog=f"example:\n  {example}", usage=usage, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags of several commands
+
+def add_case_arguments(parser: argparse._ActionsContainer, what: str) -> None:
+    """Labelled cases of one dataset. what: is done with them."""
+    parser.add_argument("-d", required=True, metavar="DATASET",
+                        help=f"name or id of the dataset whose cases are {what}")
+    parser.add_argument("-f", default="0", metavar="FOLD",
+                        help="its validation cases of this fold, or all for every case; default 0")
+    parser.add_argument("-cases", metavar="FILE|train:K|val:K", help="these cases instead")
+    parser.add_argument("-n_cases", type=int, metavar="N", help="so many of them, spread evenly")
+
+
+def add_checkpoint_arguments(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("-chk", default=CHECKPOINT, metavar="NAME", help=f"checkpoint to take; default {CHECKPOINT}")
+    parser.add_argument("--trust_checkpoints", action="store_true",
+                        help="load checkpoints that ask for more than weights; they can run code")
+
+
+def add_device_argument(parser: argparse._ActionsContainer, what: str = "where networks run") -> None:
+    parser.add_argument("-device", default="cuda", metavar="cuda|cpu|mps", help=f"{what}; default cuda")
+
+
+def add_output_arguments(parser: argparse._ActionsContainer, what: str, metavar: str = "OUT",
+                         earlier: str = "an earlier one") -> None:
+    parser.add_argument("-o", type=Path, required=True, metavar=metavar, help=what)
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {earlier}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
 
 def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
     """Parse sys.argv, do the work, and turn what a user can mend into one message on stderr and exit status 1."""
@@ -45,6 +91,6 @@ def _show(otherwise: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
-def _exit(message: str, status: int) -> None:
+def _exit(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(status)

@@ -2,8 +2,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from nnunet_transplant.analysis.interference import CSV, FIGURE, JSON, TABLE, interference
-from nnunet_transplant.cli.common import command_parser, run_command
-from nnunet_transplant.model_folder import CHECKPOINT
+from nnunet_transplant.cli.common import (
+    add_checkpoint_arguments,
+    add_output_arguments,
+    command_parser,
+    run_command,
+)
 
 
 def main() -> None:
@@ -18,13 +22,10 @@ def main() -> None:
                                                  "model folder, checkpoint or theta_0 file")
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to take from each model folder, each a task "
                         "vector of its own; default: all of its numbered folds, else fold_all")
-    parser.add_argument("-chk", default=CHECKPOINT, metavar="NAME", help=f"checkpoint to take; default {CHECKPOINT}")
     parser.add_argument("-density", type=float, default=0.2, help="share of each task vector's entries that count as "
                         "large, as in TIES' trimming; default 0.2")
-    parser.add_argument("-o", type=Path, required=True, metavar="OUT", help="folder to write to")
-    parser.add_argument("--trust_checkpoints", action="store_true",
-                        help="load checkpoints that ask for more than weights; they can run code")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier analysis of interference")
+    add_output_arguments(parser, "folder to write to", earlier="an earlier analysis of interference")
+    add_checkpoint_arguments(parser)
     run_command(parser, run)
 
 
@@ -32,4 +33,5 @@ def run(args: Namespace) -> None:
     interference(args.m, args.f, args.chk, args.base, args.density, output=args.o, trust=args.trust_checkpoints,
                  overwrite=args.overwrite, progress=True)
     print((args.o / TABLE).read_text(encoding="utf-8"))
-    print(f"wrote {args.o}: {TABLE}, {FIGURE}, {CSV} and {JSON}")
+    print(f"wrote {args.o}: {TABLE}, {FIGURE}, {CSV} and {JSON}\n"
+          f"put it on the page of a merge: nnunet_transplant_report -m MERGED -interference {args.o} -o report.html")

@@ -1,8 +1,8 @@
 from argparse import Namespace
 from pathlib import Path
 
-from nnunet_transplant.cli.common import command_parser, run_command
-from nnunet_transplant.report import ANALYSES, write_report
+from nnunet_transplant.cli.common import add_output_arguments, command_parser, run_command
+from nnunet_transplant.report_page import ANALYSES, write_report
 
 
 def main() -> None:
@@ -17,8 +17,7 @@ def main() -> None:
     for kind, analysis in ANALYSES.items():
         parser.add_argument(f"-{kind}", type=Path, metavar="DIR",
                             help=f"folder of nnunet_transplant_{kind} ({analysis.title.partition(': ')[2]})")
-    parser.add_argument("-o", type=Path, required=True, metavar="FILE", help="page to write, such as report.html")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report")
+    add_output_arguments(parser, "page to write, such as report.html", "FILE", "an earlier report")
     run_command(parser, run)
 
 

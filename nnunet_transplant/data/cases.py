@@ -161,14 +161,26 @@ def choose_cases(cases: str | os.PathLike | Sequence[str], all_cases: Sequence[s
     return sorted(set(chosen))
 
 
-def evaluation_cases(dataset: str | int, fold: str | int) -> Cases:
-    """The validation cases of a fold, or with fold "all" every case of imagesTr. Raises TransplantError where the
-    dataset, the fold or a file is not there."""
-    cases = open_cases(dataset)
-    chosen = list(cases.files) if str(fold) == "all" else _validation_cases(cases.dataset, fold)
+def spread(names: Sequence[str], count: int) -> list[str]:
+    """So many of the names, spread evenly. Raises TransplantError below one."""
+    if count < 1:
+        raise TransplantError(f"-n_cases must be at least 1, not {count}")
+    step = max(1.0, len(names) / count)
+    return [names[int(i * step)] for i in range(min(count, len(names)))]
+
+
+def evaluation_cases(dataset: str | int, fold: str | int, cases: str | None = None,
+                     n_cases: int | None = None) -> Cases:
+    """The validation cases of a fold, or with fold "all" every case of imagesTr, or those that `cases` chooses; of them
+    n_cases, spread evenly. Raises TransplantError where the dataset, the fold or a file is not there."""
+    found = open_cases(dataset)
+    if cases is not None:
+        chosen = choose_cases(cases, list(found.files), open_splits(found.dataset))
+    else:
+        chosen = list(found.files) if str(fold) == "all" else _validation_cases(found.dataset, fold)
     if not chosen:
-        raise TransplantError(f"there is no case to evaluate: {cases.dataset} has none in fold {fold}")
-    return cases.chosen(chosen)
+        raise TransplantError(f"there is no case to evaluate: {found.dataset} has none in fold {fold}")
+    return found.chosen(chosen if n_cases is None else spread(sorted(chosen), n_cases))
 
 
 def _validation_cases(dataset: str, fold: str | int) -> list[str]:

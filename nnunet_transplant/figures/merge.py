@@ -18,5 +18,5 @@ def save_inputs_figure(provenance: dict[str, Any], path: Path) -> None:
     axes.barh(range(len(inputs)), [one["weight"] for one in inputs], color=BLUE)
     axes.set_yticks(range(len(inputs)), names, parse_math=False)  # a name may hold dollars
     axes.invert_yaxis()
-    axes.set(title=f"Merged by {provenance['method']}", xlabel="weight")
+    axes.set(title=f"Merged by {' + '.join(step['name'] for step in provenance['steps'])}", xlabel="weight")
     save_figure(figure, path, dpi=100)

@@ -1,0 +1,128 @@
+"""The models that are merged, as networks that run on patches of volumes."""
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
+
+from nnunet_transplant.architecture import Network, build_network, canonical_names
+from nnunet_transplant.heads import JoinedHeads, join_head, merged_dataset_json, scaled_to_one
+from nnunet_transplant.labels import has_regions
+from nnunet_transplant.model_folder import TrainedModel
+from nnunet_transplant.nnunet import nnUNetTrainer
+from nnunet_transplant.vectors import weighted_sum
+from nnunet_transplant.volumes import Patch, configuration_of, images_of, targets_of
+
+T = TypeVar("T")
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Experts:
+    """The models, and patches of the volumes that may be looked at (none where there are no volumes). Networks are on
+    `device`, without deep supervision, in eval mode, and ask for no gradients.
+
+    tensors: of each model's network, by canonical name: in common units, where models are aligned.
+    joined: the labels and the head of the merged model.
+    shared: names of the tensors that will be merged, where not all are; the units that others make stay each model's.
+    """
+    models: Sequence[TrainedModel]
+    tensors: Sequence[Network]
+    joined: JoinedHeads
+    trainer: type[nnUNetTrainer]
+    patches: Sequence[Patch] = ()
+    device: torch.device = CPU
+    shared: frozenset[str] = frozenset()
+    progress: bool = False
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """make(), the first time; then what it was. For what takes long and depends on nothing but the key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    @cached_property
+    def dataset_json(self) -> dict[str, Any]:
+        """Of the merged model."""
+        return merged_dataset_json(self.models[0], self.joined)
+
+    @property
+    def plans(self) -> dict[str, Any]:
+        return self.models[0].plans
+
+    @property
+    def configuration(self) -> ConfigurationManager:
+        return configuration_of(self.models[0])
+
+    @property
+    def same_labels(self) -> bool:
+        """Whether all heads mean the same, so that they say something of the units they read."""
+        return self.joined.rows is None
+
+    @property
+    def regions(self) -> bool:
+        """Whether the merged model's labels are regions."""
+        return has_regions(self.dataset_json["labels"])
+
+    def network(self, model: int) -> nn.Module:
+        """One model's own network."""
+        return self._network(self.models[model].dataset_json, self.tensors[model])
+
+    def merged_network(self, merged: Network) -> nn.Module:
+        """A network with the merged labels and these tensors, by canonical name."""
+        return self._network(self.dataset_json, merged)
+
+    def _network(self, dataset_json: Mapping[str, Any], tensors: Network) -> nn.Module:
+        first = self.models[0]
+        network = build_network(first.plans, first.configuration, dataset_json, self.trainer, deep_supervision=False)
+        network.load_state_dict({name: tensors[first.layout.canonical[name]] for name in first.layout.shapes})
+        return network.to(self.device).eval().requires_grad_(False)
+
+    def heads(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+        """The merged heads by canonical name: joined, or where the labels are the same, averaged."""
+        merged = {}
+        for name in self.models[0].layout.names:
+            if name in self.models[0].layout.heads:
+                heads = [theta[name].float() for theta in self.tensors]
+                result = weighted_sum(heads, scaled_to_one(weights)) if self.same_labels \
+                    else join_head(heads, weights, self.joined)
+                merged[name] = result.to(self.tensors[0][name].dtype)
+        return merged
+
+    def images(self, patches: Sequence[Patch]) -> torch.Tensor:
+        """A batch (patches, channels, *patch_size)."""
+        return images_of(patches, self.device)
+
+    def targets(self, patches: Sequence[Patch], dataset_json: Mapping[str, Any] | None = None) -> torch.Tensor:
+        """What a model with these labels (default: the merged ones) should say: see `volumes.targets_of`."""
+        return targets_of(patches, self.plans, self.dataset_json if dataset_json is None else dataset_json, self.device)
+
+    def bar(self, items: Iterable[T], what: str) -> Iterable[T]:
+        return tqdm(items, desc=what, delay=3, disable=not self.progress)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running statistics of batch norms, which weights that were merged or moved no longer fit. An instance norm needs no
+# such thing: it has no memory and takes the statistics of its input.
+
+def has_running_statistics(names: Iterable[str]) -> bool:
+    return any(name.endswith(".running_mean") for name in names)
+
+
+def running_statistics(experts: Experts, network: nn.Module) -> dict[str, torch.Tensor]:
+    """The running means and variances of a network on the experts' patches, by canonical name."""
+    count = len(experts.patches)
+    parts = math.ceil(count / experts.configuration.batch_size)  # as equal as can be: every batch counts the same
+    batches = [experts.patches[part * count // parts:(part + 1) * count // parts] for part in range(parts)]
+    update_bn((experts.images(batch) for batch in experts.bar(batches, "running statistics")), network)
+    canonical = canonical_names(network)
+    return {canonical[name]: buffer.detach().cpu().clone() for name, buffer in network.named_buffers()
+            if name.rpartition(".")[2] in ("running_mean", "running_var")}

@@ -1,0 +1,120 @@
+"""The head fitted to what the experts say: a head was trained on its own network, and reads another one now."""
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from nnunet_transplant.ensemble import divergence, ensemble_logits
+from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.fitting.registry import fit
+from nnunet_transplant.steps import Range, Seed
+from nnunet_transplant.volumes import Patch
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the ensemble says of some voxels of a patch."""
+    patch: Patch
+    voxels: torch.Tensor  # indices into the patch, flattened
+    logits: torch.Tensor  # (rows, voxels), half precision
+
+
+def lessons_of(experts: Experts, seed: int = 0, positions: int = 4096) -> list[Lesson]:
+    """positions: voxels taken of each patch at most, half of them where the ensemble is not sure of background."""
+    generator = torch.Generator().manual_seed(seed)
+    lessons = []
+    for patch, target in zip(experts.patches, ensemble_logits(experts), strict=True):
+        logits = target.flatten(1)
+        probability = logits.float().sigmoid().amax(0) if experts.regions else 1 - logits.float().softmax(0)[0]
+        voxels = _half_from(probability > 0.01, positions, generator)
+        lessons.append(Lesson(patch, voxels, logits[:, voxels]))
+    return lessons
+
+
+def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) -> nn.Module:
+    """Fit the head of full resolution of a merged network, in place, to what the ensemble says: the logistic regression
+    of its probabilities on what the head reads, a convex problem without step sizes (L-BFGS). No labels.
+
+    Returns the head. Raises TransplantError for a network whose output no single layer makes.
+    """
+    size = experts.configuration.batch_size
+    head = output_layer(network, experts.images([lessons[0].patch]))
+    read: list[torch.Tensor] = []
+
+    def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        read.append(inputs[0].flatten(2))
+    features = []
+    with torch.no_grad(), _hook(head, look):
+        for start in experts.bar(range(0, len(lessons), size), "fitting the head"):
+            batch = lessons[start:start + size]
+            network(experts.images([lesson.patch for lesson in batch]))
+            features += [of_patch[:, lesson.voxels] for lesson, of_patch in zip(batch, read.pop(), strict=True)]
+    inputs = torch.cat(features, 1)
+    target = torch.cat([lesson.logits for lesson in lessons], 1).float()[None]
+    inputs = torch.cat([inputs, torch.full_like(inputs[:1], head.bias is not None)])
+    bias = torch.zeros(len(target[0]), device=target.device) if head.bias is None else head.bias.detach()
+    weight = torch.cat([head.weight.detach().flatten(1), bias[:, None]], 1).requires_grad_(True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = divergence((weight @ inputs)[None], target, experts.regions)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    with torch.no_grad():
+        head.weight.copy_(weight[:, :-1].reshape(head.weight.shape))
+        if head.bias is not None:
+            head.bias.copy_(weight[:, -1])
+    return head
+
+
+@fit("head", "the head of full resolution, without labels: seconds, and half of the merge",
+     reference="this package; after Distilling the Knowledge in a Neural Network, Hinton et al., 2015",
+     url="https://arxiv.org/abs/1503.02531")
+def head(merged: dict[str, torch.Tensor], experts: Experts,
+         positions: Annotated[int, "voxels taken of each patch, at most", Range(2, 2 ** 31 - 1)] = 4096,
+         seed: Seed = 0) -> dict[str, torch.Tensor]:
+    """The merged tensors with the head of full resolution fitted to the ensemble. See `lessons_of` and `teach_head`."""
+    network = experts.merged_network(merged)
+    lessons = experts.once(("lessons", seed, positions), lambda: lessons_of(experts, seed, positions))
+    layer = teach_head(experts, network, lessons)
+    canonical = {id(tensor): name for name, tensor in network.named_parameters(remove_duplicate=False)}
+    return merged | {canonical[id(tensor)]: tensor.detach().cpu().to(merged[canonical[id(tensor)]].dtype)
+                     for tensor in layer.parameters()}
+
+
+def output_layer(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """The convolution of single voxels whose output is the network's. Raises TransplantError where there is none."""
+    made: list[tuple[nn.Module, torch.Tensor]] = []
+    hooks = [module.register_forward_hook(lambda module, _, output: made.append((module, output)))
+             for module in network.modules()
+             if isinstance(module, (nn.Conv2d, nn.Conv3d)) and set(module.kernel_size) == {1}]
+    with torch.no_grad():
+        result = network(images)
+    found = next((module for module, output in made if output is result), None)
+    for hook in hooks:
+        hook.remove()
+    if found is None:
+        raise TransplantError("-fit head needs a network that ends in a convolution of single voxels")
+    return found
+
+
+@contextmanager
+def _hook(module: nn.Module, function: Callable) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(function)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _half_from(wanted: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Indices of at most `count` entries: half of them where wanted, the others anywhere."""
+    anywhere = torch.randperm(len(wanted), generator=generator)[:count // 2].to(wanted.device)
+    there = wanted.nonzero()[:, 0]
+    return torch.cat([anywhere, there[torch.randperm(len(there), generator=generator)[:count // 2].to(there.device)]])

@@ -1,0 +1,57 @@
+"""All weights of a merged model, pulled towards what the experts say."""
+from collections.abc import Iterator
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from nnunet_transplant.architecture import canonical_names
+from nnunet_transplant.ensemble import divergence, ensemble_logits
+from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.fitting.registry import fit
+from nnunet_transplant.steps import Range, Seed
+
+
+@fit("polish", "all weights, without labels: steps of AdamW towards the experts",
+     reference="this package; after Distilling the Knowledge in a Neural Network, Hinton et al., 2015",
+     url="https://arxiv.org/abs/1503.02531")
+def polish(merged: dict[str, torch.Tensor], experts: Experts,
+           steps: Annotated[int, "steps of AdamW", Range(1, 10 ** 6)] = 100,
+           lr: Annotated[float, "learning rate at the start; it falls to 0 as a cosine", Range(1e-12, 1.0)] = 1e-3,
+           seed: Seed = 0) -> dict[str, torch.Tensor]:
+    """The merged tensors after some steps of AdamW that pull what the model says towards the ensemble: the mean over
+    voxels of the Kullback-Leibler divergence from the ensemble's probabilities. No labels, no augmentation.
+
+    Raises TransplantError where the weights become NaN or Inf.
+    """
+    teacher = experts.once("teacher", lambda: [logits.cpu() for logits in ensemble_logits(experts)])
+    network = experts.merged_network(merged).requires_grad_(True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for chosen in experts.bar(list(_batches(len(teacher), experts.configuration.batch_size, steps, seed)),
+                                  "polishing"):
+        target = torch.stack([teacher[i] for i in chosen]).float().to(experts.device)
+        loss = divergence(network(experts.images([experts.patches[i] for i in chosen])), target, experts.regions)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 12)  # as nnU-Net
+        optimizer.step()
+        schedule.step()
+    canonical = canonical_names(network)
+    polished = {canonical[name]: tensor.detach().cpu().to(merged[canonical[name]].dtype)
+                for name, tensor in network.state_dict().items()}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in polished.values()):
+        raise TransplantError("polishing diverged: give a smaller -lr")
+    return merged | polished
+
+
+def _batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """So many batches of patches, each patch once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < size:
+            queue += torch.randperm(count, generator=generator).tolist()
+        yield queue[:size]
+        del queue[:size]
