@@ -20,7 +20,7 @@ from nnunet_transplant.report_page.collect import collect, read_scores
 
 __all__ = ["ANALYSES", "Analysis", "page", "read_scores", "report", "write_report"]
 
-_MARK = b'<meta name="generator" content="nnunet_transplant.report_page">'  # what tells a report from any other file
+_MARK = b'<meta name="generator" content="nnunet_transplant_report">'  # what tells a report from any other file
 
 
 def write_report(model: Path | str, output: Path | str, evaluations: Sequence[Path | str] = (),

@@ -16,8 +16,10 @@ from matplotlib.image import imread
 
 from nnunet_transplant.cli.report import main
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import Recipe, merge_folders, write_merge
-from nnunet_transplant.report import ANALYSES, read_scores, write_report
+from nnunet_transplant.merged_model import write_merge
+from nnunet_transplant.merger import merge_folders
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.report_page import ANALYSES, read_scores, write_report
 
 HOSTILE = """a<b>&"c"'d'$x$ {{ 7 * 7 }}{% raw %} </td><script>"""
 VOID = {"meta", "link", "img", "br", "wbr"}
@@ -233,7 +235,9 @@ def test_provenance_is_that_of_merge_json(merged: Path, tmp_path: Path) -> None:
     assert found == [[str(i), each["path"], each["fold"], f"{each['weight']:g}", ", ".join(each["structures"]),
                       each["sha256"]] for i, each in enumerate(fold["inputs"], 1)]
     facts = dict(rows(text, "How it was merged"))
-    assert facts["method"].startswith("ties: ") and facts["reference"] == fold["reference"]
+    step, = fold["steps"]
+    assert facts["step"] == f"ties: {step['summary']}"
+    assert facts["reference"] == f"{step['reference']}, {step['url']}" and step["url"].startswith("https://")
     assert (facts["density"], facts["trim"]) == ("0.25", "vector")
     assert facts["theta_0 (SHA-256)"] == fold["theta_0_sha256"]
     assert dict(rows(text, "Versions")) == record["versions"]
@@ -248,21 +252,35 @@ def test_provenance_is_that_of_merge_json(merged: Path, tmp_path: Path) -> None:
 
 def test_whatever_a_merge_found_is_shown(merged: Path, tmp_path: Path) -> None:
     folder = copy_of(merged, tmp_path)
-    edit_fold(folder, base="/models/base", weights=[0.75, 0.25], keep_base_for=["*norm*"], stage_weights=[1.0, 0.5],
-              fit_head=True, polish=20, polish_lr=0.002, method="of_tomorrow", found={"alpha": 0.5, "sweeps": 3},
-              volumes={"datasets": {"Dataset004_X": ["case_1", "case_2"]}, "n_cases": 2, "cases": None, "device": "cpu",
-                       "coefficients": {f"tensor_{i}": [0.1, 0.2] for i in range(50)}})
+    recipe = read_fold(folder)["recipe"]
+    steps = [{"name": name, "summary": f"what {name} does", "reference": f"who made {name}", "url": f"https://{name}"}
+             for name in ("of_old", "of_tomorrow", "polish")]
+    edit_fold(folder, base="/models/base", steps=steps, found={
+        "alpha": 0.5, "sweeps": 3, "coefficients": {f"tensor_{i}": [0.1, 0.2] for i in range(50)}},
+        volumes={"Dataset004_X": ["case_1", "case_2"]}, device="cpu", recipe=recipe | {
+            "align": "of_old", "method": "of_tomorrow", "fit": ["polish"], "weights": [0.75, 0.25],
+            "parameters": {"of_old.units": "zip", "of_tomorrow.density": 0.5, "polish.steps": 20, "polish.lr": 0.002},
+            "keep_base_for": ["*norm*"], "stage_weights": [1.0, 0.5], "share": ["encoder.*"],
+            "volumes": {"datasets": [4], "n_cases": 2, "cases": "train:0"}})
     write_report(folder, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    facts = dict(rows(text, "How it was merged"))
+    found = rows(text, "How it was merged")
+    facts = dict(found)
     assert facts | {"found: coefficients": ""} == facts | {
-        "method": "of_tomorrow", "base given": "/models/base", "weights given": "0.75, 0.25",
-        "left at theta_0": "*norm*", "weights of the stages": "1, 0.5", "head fitted to the ensemble": "yes",
-        "steps of polish": "20", "learning rate of polish": "0.002", "found: alpha": "0.5", "found: sweeps": "3",
-        "volumes of Dataset004_X": "case_1, case_2", "volumes asked for": "2", "looked at on": "cpu",
-        "found: coefficients": ""}
+        "base given": "/models/base", "weights given": "0.75, 0.25",
+        "left at theta_0": "*norm*", "weights of the stages": "1, 0.5", "tensors shared": "encoder.*",
+        "found: alpha": "0.5", "found: sweeps": "3",
+        "volumes of Dataset004_X": "case_1, case_2", "volumes asked for": "2", "chosen from": "train:0",
+        "looked at on": "cpu", "found: coefficients": ""}
+    assert found[:10] == [  # each step with its own options
+        ["step", "of_old: what of_old does"], ["reference", "who made of_old, https://of_old"], ["units", "zip"],
+        ["step", "of_tomorrow: what of_tomorrow does"], ["reference", "who made of_tomorrow, https://of_tomorrow"],
+        ["density", "0.5"],
+        ["step", "polish: what polish does"], ["reference", "who made polish, https://polish"],
+        ["steps", "20"], ["lr", "0.002"]]
     (_, folded), = Page(text).all("details")
     assert "characters" in folded and "tensor_49" in folded
+    assert "An nnU-Net model, merged from 2 models by of_old + of_tomorrow + polish." in Page(text).text
 
 
 def test_each_fold_has_its_provenance(tmp_path: Path) -> None:
@@ -281,7 +299,9 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     folder = merge(tmp_path / "models", {HOSTILE: 1}, {"spleen": 1})
     moved = folder.rename(tmp_path / HOSTILE.replace("/", "|"))
-    edit_fold(moved, reference=HOSTILE, parameters={HOSTILE: HOSTILE})
+    fold = read_fold(moved)
+    edit_fold(moved, steps=[fold["steps"][0] | {"name": "hostile", "reference": HOSTILE}],
+              recipe=fold["recipe"] | {"parameters": {f"hostile.{HOSTILE}": HOSTILE}})
     write_evaluation(tmp_path / "evaluation<i>", [HOSTILE, "b&amp;"], [HOSTILE, "<i>spleen"])
     analysis = write_analysis(tmp_path / "inter$x<i>")
     (analysis / "one.png").rename(analysis / "\"'<i>$.png")
@@ -330,6 +350,10 @@ def test_the_same_inputs_give_the_same_page(merged: Path, tmp_path: Path) -> Non
 
 def copy_of(merged: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(merged, tmp_path / "copy"))
+
+
+def read_fold(folder: Path) -> dict:
+    return json.loads((folder / "merge.json").read_text())["folds"]["all"]
 
 
 def edit_fold(folder: Path, **changes: object) -> None:
