@@ -15,11 +15,13 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_transplant.errors import TransplantError, TransplantNote
-from nnunet_transplant.extract import extract
-from nnunet_transplant.merging import Recipe, merge_folders, write_merge
-from nnunet_transplant.merging.repeat import read_merge
+from nnunet_transplant.extraction import extract
+from nnunet_transplant.merged_model import write_merge
+from nnunet_transplant.merger import merge_folders
 from nnunet_transplant.model_folder import _TURNED, check_mergeable, model_labels, open_models
-from nnunet_transplant.report import write_report
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.record import read_merge
+from nnunet_transplant.report_page import write_report
 
 
 def changed(model: Path, fold: str = "0", **changes: Any) -> Path:

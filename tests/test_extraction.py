@@ -9,10 +9,12 @@ from factory import base_network, small_plans, write_model
 
 from nnunet_transplant import checkpoint
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.extract import extract
+from nnunet_transplant.extraction import extract
 from nnunet_transplant.files import file_sha256
-from nnunet_transplant.merging import Recipe, merge_folders, write_merge
+from nnunet_transplant.merged_model import write_merge
+from nnunet_transplant.merger import merge_folders
 from nnunet_transplant.model_folder import open_models, open_theta_0
+from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.task_vector import read_header
 
 
@@ -105,7 +107,7 @@ def test_files_merge_like_their_models(tmp_path: Path, base: Path, tasks: list[P
     from_models = merge_folders(tasks, recipe=Recipe(method))["all"]
     for given in (files, [tasks[0], files[1]]):
         from_files = merge_folders(given, base=base, recipe=Recipe(method))["all"]
-        assert all(torch.equal(tensor, from_files.weights[name]) for name, tensor in from_models.weights.items())
+        assert all(torch.equal(tensor, from_files.state_dict[name]) for name, tensor in from_models.state_dict.items())
         assert from_files.dataset_json == from_models.dataset_json
         assert from_files.mirroring_axes == (0, 2)
     write_merge({"all": from_files}, tmp_path / "merged")
