@@ -36,9 +36,12 @@ from mutation import MUTATIONS, RAN_CODE, write_originals
 
 from nnunet_transplant import checkpoint
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import METHODS, Recipe, merge_groups, merge_models, write_merge
-from nnunet_transplant.merging.repeat import read_merge
+from nnunet_transplant.merged_model import write_merge
+from nnunet_transplant.merger import Merger, merge_groups
+from nnunet_transplant.methods import METHODS
 from nnunet_transplant.model_folder import TrainedModel, open_models
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.record import read_merge
 from nnunet_transplant.task_vector import read_theta_0
 
 SECONDS, GIGABYTES = 10, 2
@@ -99,8 +102,8 @@ def merge(path: Path, sound: TrainedModel, rng: random.Random) -> None:
     model = path if path.name.startswith("task_vector") else path.parents[1] if path.suffix == ".pth" else path.parent
     groups = [open_models(model), [sound]]
     rng.shuffle(groups)
-    merged = merge_models(groups, Recipe(rng.choice([method.name for method in METHODS.values()
-                                                     if not method.needs_data])))
+    method = rng.choice([method.name for method in METHODS.values() if not method.looks])
+    merged = Merger(groups, Recipe(method)).merge()
     if rng.random() < 0.1:
         write_merge({groups[0][0].fold: merged}, Path("merged"), overwrite=True)
 

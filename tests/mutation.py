@@ -28,8 +28,10 @@ from factory import base_network, small_plans, write_model
 from safetensors.torch import load, save
 
 from nnunet_transplant.checkpoint import tensors_sha256
-from nnunet_transplant.extract import extract
-from nnunet_transplant.merging import Recipe, merge_folders, write_merge
+from nnunet_transplant.extraction import extract
+from nnunet_transplant.merged_model import write_merge
+from nnunet_transplant.merger import merge_folders
+from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.task_vector import RECORD
 
 RAN_CODE = "ran_code"

@@ -16,7 +16,8 @@ from mutation import Call, Entry, Shadowed, rewrite, tiny_plans
 
 from nnunet_transplant import checkpoint
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import merge_folders, write_merge
+from nnunet_transplant.merged_model import write_merge
+from nnunet_transplant.merger import merge_folders
 from nnunet_transplant.model_folder import open_models
 
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
