@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["nnunet_transplant", "nnunet_transplant.*"]), "nnunet_transplant.trainers"],
     package_dir={"nnunet_transplant.trainers": "trainers"},
-    package_data={"nnunet_transplant.report_page": ["*.html", "*.css"]},
+    package_data={"nnunet_transplant": ["py.typed"], "nnunet_transplant.report_page": ["*.html", "*.css"]},
     install_requires=[
         "nnunetv2>=2.8.1",
         "torch>=2.6",

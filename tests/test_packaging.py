@@ -1,4 +1,5 @@
 """What an installation puts where: our trainers inside our package, nothing inside nnU-Net's."""
+import itertools
 import os
 import site
 import subprocess
@@ -21,6 +22,11 @@ def test_the_wheel_holds_the_trainers_and_nothing_of_nnunetv2(tmp_path: Path) ->
     assert tops == {"nnunet_transplant", next(top for top in tops if top.endswith(".dist-info"))}
     assert {f"nnunet_transplant/trainers/nnUNetTrainer{kind}.py" for kind in ("Stable", "Plastic", "TaskVector")} \
         <= set(names)
+    assert {"nnunet_transplant/py.typed", *(f"nnunet_transplant/report_page/{name}" for name in (
+        "page.html", "macros.html", "style.css"))} <= set(names)
+    assert {name for name in names if name.endswith(".py")} == {
+        f"{'nnunet_transplant/' * (folder == 'trainers')}{path.relative_to(PROJECT).as_posix()}"
+        for folder in ("nnunet_transplant", "trainers") for path in (PROJECT / folder).rglob("*.py")}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -65,8 +71,8 @@ def copy_of_the_project(tmp_path: Path) -> Path:
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((PROJECT / name).read_bytes())
-    for folder in ("nnunet_transplant", "trainers"):
-        for path in (PROJECT / folder).rglob("*.py"):
+    for folder, suffix in itertools.product(("nnunet_transplant", "trainers"), ("py", "html", "css", "typed")):
+        for path in (PROJECT / folder).rglob(f"*.{suffix}"):
             target = source / path.relative_to(PROJECT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
