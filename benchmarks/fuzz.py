@@ -39,7 +39,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merged_model import write_merge
 from nnunet_transplant.merger import Merger, merge_groups
 from nnunet_transplant.methods import METHODS
-from nnunet_transplant.model_folder import TrainedModel, open_models
+from nnunet_transplant.model_folder import TrainedModel, open_models, open_theta_0
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.record import read_merge
 from nnunet_transplant.task_vector import read_theta_0
@@ -92,7 +92,8 @@ def repeat_merge(path: Path) -> None:
         each.check()
         groups.append([model for file in each.files for model in open_models(file)])
     if groups:  # else the command asks for some
-        merge_groups(groups, earlier.recipe, None, earlier.base, earlier.per_fold)
+        theta_0 = None if earlier.base is None else open_theta_0(earlier.base)
+        merge_groups(groups, earlier.recipe, theta_0, earlier.base, earlier.per_fold)
 
 
 def merge(path: Path, sound: TrainedModel, rng: random.Random) -> None:

@@ -71,7 +71,7 @@ class Recipe:
         for name in self.parameters:
             step, _, own = name.rpartition(".")
             if own not in known.get(step, {}) if step else not any(own in parameters for parameters in known.values()):
-                raise TransplantError(f"{_in_words(list(known))} no -{name}{_perhaps(name, known)}")
+                raise TransplantError(f"{_in_words(list(known))} no -{name[:40]}{_perhaps(name, known)}")
         return {step: {name: parameter.check(self.parameters.get(f"{step}.{name}", self.parameters.get(
             name, parameter.default))) for name, parameter in parameters.items()}
             for step, parameters in known.items()}
@@ -160,7 +160,7 @@ def _is_parameters(value: Any) -> bool:
 
 
 def _are_volumes(value: Any) -> bool:
-    return (isinstance(value, dict) and set(value) <= {"datasets", "cases", "n_cases"}
+    return bool(isinstance(value, dict) and set(value) <= {"datasets", "cases", "n_cases"}
             and value.get("datasets") and _are(lambda one: _is_text(one) or type(one) is int)(value["datasets"])
             and _or_none(_is_text)(value.get("cases")) and type(value.get("n_cases", N_CASES)) is int)
 
