@@ -25,8 +25,12 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_transplant import checkpoint
+from nnunet_transplant.alignment import ALIGNERS
 from nnunet_transplant.cli.merge import main as merge_command
-from nnunet_transplant.merging import METHODS, MergedModel, Recipe, merge_folders, write_merge
+from nnunet_transplant.merged_model import Merged
+from nnunet_transplant.merger import merge_folders
+from nnunet_transplant.methods import METHODS
+from nnunet_transplant.recipe import Recipe
 
 Files = dict[str, bytes]
 
@@ -57,7 +61,7 @@ def files(folder: Path) -> Files | None:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def merge(root: Path, method: str) -> dict[str, MergedModel]:
+def merge(root: Path, method: str) -> Merged:
     return merge_folders([root / "a", root / "b"], recipe=Recipe(method))
 
 
@@ -68,12 +72,12 @@ class Killed:
         self.root, self.output = root, root / "out" / "merged"
         self.merged = {method: merge(root, method) for method in ("average", "ties")}
         for method, merged in self.merged.items():
-            write_merge(merged, root / method)
+            merged.save(root / method)
         self.whole = {method: files(root / method) for method in self.merged}
         self.seen: Counter[str] = Counter()
 
     def work(self, overwrite: bool) -> None:
-        write_merge(merge(self.root, "ties"), self.output, overwrite)
+        merge(self.root, "ties").save(self.output, overwrite=overwrite)
 
     def prepare(self, overwrite: bool) -> None:
         """Absent, or an earlier merge to replace."""
@@ -93,7 +97,7 @@ class Killed:
         self.seen[state] += 1
         if found is not None:
             weights = checkpoint.read(self.output / "fold_all" / "checkpoint_final.pth")["network_weights"]
-            expected = self.merged[state]["all"].weights
+            expected = self.merged[state]["all"].state_dict
             assert weights.keys() == expected.keys()
             assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
             if self.seen[state] % 10 == 1:
@@ -103,7 +107,7 @@ class Killed:
 
     def next_run(self) -> None:
         """Nothing is left of those that were killed."""
-        write_merge(self.merged["ties"], self.output, overwrite=True)
+        self.merged["ties"].save(self.output, overwrite=True)
         assert files(self.output) == self.whole["ties"]
         assert os.listdir(self.output.parent) == ["merged"]
 
@@ -158,9 +162,9 @@ def competition(root: Path, rounds: int) -> list[str]:
     methods = ("average", "ties")
     whole = {}
     for method in methods:
-        write_merge(merge(root, method), root / method)
+        merge(root, method).save(root / method)
         whole[method] = files(root / method)
-    write_merge(merge(root, "task_arithmetic"), root / "earlier")
+    merge(root, "task_arithmetic").save(root / "earlier")
 
     def command(method: str, start: multiprocessing.Barrier, finish: multiprocessing.Barrier, overwrite: bool) -> None:
         rename, calls = os.rename, itertools.count()
@@ -200,19 +204,27 @@ def competition(root: Path, rounds: int) -> list[str]:
     return lost
 
 
+def recipes() -> dict[str, Recipe]:
+    """With every method and aligner that needs no data, by name."""
+    found = {name: Recipe(name) for name, method in METHODS.items() if not method.looks}
+    for name, aligner in ALIGNERS.items():
+        if not aligner.looks:
+            found |= {name: Recipe(align=name), f"{name} zip": Recipe(align=name, parameters={"units": "zip"})}
+    return found
+
+
 def digests(root: Path) -> dict[str, list[str]]:
-    """The SHA-256 of everything that each method without data writes, two times."""
+    """The SHA-256 of everything that each recipe writes, two times."""
     found = {}
-    for name, method in METHODS.items():
-        if not method.needs_data:
-            found[name] = []
-            for _ in range(2):
-                models = [root / model for model in "abc"[:method.max_models or 3]]
-                write_merge(merge_folders(models, recipe=Recipe(name)), root / "merged", overwrite=True)
-                digest = hashlib.sha256()
-                for path, content in sorted(files(root / "merged").items()):
-                    digest.update(path.encode() + content)
-                found[name].append(digest.hexdigest())
+    for name, recipe in recipes().items():
+        found[name] = []
+        for _ in range(2):
+            models = [root / model for model in "abc"[:recipe.merging.max_models or 3]]
+            merge_folders(models, recipe=recipe).save(root / "merged", overwrite=True)
+            digest = hashlib.sha256()
+            for path, content in sorted(files(root / "merged").items()):
+                digest.update(path.encode() + content)
+            found[name].append(digest.hexdigest())
     return found
 
 

@@ -6,7 +6,7 @@ from factory import write_model
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.heads import join, origin, shares, structures
+from nnunet_transplant.heads import join, origin, scaled_to_one, structures
 from nnunet_transplant.model_folder import TrainedModel, open_models
 
 
@@ -72,5 +72,5 @@ def test_one_name_for_two_things_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("weights", "expected"), [([1, 3], [0.25, 0.75]), ([0.5, 0.5], [0.5, 0.5]),
                                                    ([1, -1], [0.5, 0.5]), ([2], [1.0])])
-def test_shares(weights: list[float], expected: list[float]) -> None:
-    assert shares(weights) == expected
+def test_scaled_to_one(weights: list[float], expected: list[float]) -> None:
+    assert scaled_to_one(weights) == expected

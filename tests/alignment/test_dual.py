@@ -24,14 +24,14 @@ from permuted import (
 )
 
 from nnunet_transplant.alignment import dual
-from nnunet_transplant.alignment.activations import activation_similarity
-from nnunet_transplant.alignment.dual import Matching, Solver, aligned, match, matched_similarity, zipped
+from nnunet_transplant.alignment.activation_space import activation_similarity
+from nnunet_transplant.alignment.dual import Matching, Solver, match, matched_similarity, matcher, zipper
 from nnunet_transplant.alignment.graph import exported
 from nnunet_transplant.alignment.spec import Spec
-from nnunet_transplant.alignment.weights import WeightSimilarity, canonical_scale, identity, moved
+from nnunet_transplant.alignment.weight_space import WeightSimilarity, canonical_scale, identity, moved
 
 KINDS = ("plain3d", "plain2d", "residual3d", "residual2d", "batch3d")
-SOLVERS = {"align to the first": aligned(False), "align to the mean": aligned(True), "zip": zipped(0.5, 0.125)}
+SOLVERS = {"align to the first": matcher(False), "align to the mean": matcher(True), "zip": zipper(0.5, 0.125)}
 # Whether a method looks at how alike units of two models, by number, are.
 LOOKS_AT = {"align to the first": lambda one, other: one == 0 < other,
             "align to the mean": lambda one, other: one < other, "zip": lambda one, other: one <= other}
@@ -116,7 +116,7 @@ def test_dead_and_identical_units_do_no_harm(how: str, alpha: float) -> None:
 @pytest.mark.parametrize("pearson", [True, False])
 def test_git_re_basin_finds_it_from_the_identity(kind: str, pearson: bool) -> None:
     order = shuffles(spec(kind), 1)
-    found = match(spec(kind), [original(kind), permuted(original(kind), spec(kind), 1)], aligned(False), 1.0,
+    found = match(spec(kind), [original(kind), permuted(original(kind), spec(kind), 1)], matcher(False), 1.0,
                   pearson=pearson, patience=1)
     for name, (first, second) in found.assignments.items():
         np.testing.assert_array_equal(first, np.arange(len(first)))
@@ -128,7 +128,7 @@ def test_git_re_basin_finds_it_from_the_identity(kind: str, pearson: bool) -> No
 def test_many_copies_in_any_order(how: str, alpha: float) -> None:
     """With a decay, units that are alike may come before the third of three that are the same."""
     kind = "plain2d"
-    solve = zipped(1.0, 0.125) if how == "zip" else SOLVERS[how]
+    solve = zipper(1.0, 0.125) if how == "zip" else SOLVERS[how]
     copies = [original(kind), *(permuted(original(kind), spec(kind), seed) for seed in (1, 2, 3))]
     expected = says(kind, original(kind))
     for order in ((0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)):
@@ -230,7 +230,7 @@ def test_no_two_units_would_rather_change_places() -> None:
     """Git Re-Basin of two networks that have nothing in common ends where no group alone could be matched better."""
     kind = "plain2d"
     networks = [original(kind, 0), original(kind, 1)]
-    found = match(spec(kind), networks, aligned(False), 1.0, pearson=False, patience=1)
+    found = match(spec(kind), networks, matcher(False), 1.0, pearson=False, patience=1)
     weights = WeightSimilarity(spec(kind), networks)
     for name, (first, second) in found.assignments.items():
         similarity = weights.between(name, [(0, 1)], found.assignments, pearson=False)[:len(first), len(first):]
@@ -272,7 +272,7 @@ def test_inputs_stay_as_they_are() -> None:
     before = [{name: tensor.clone() for name, tensor in network.items()} for network in networks]
     seen = activations(kind, networks)
     copies = {name: matrix.copy() for name, matrix in seen.items()}
-    found = match(spec(kind), networks, zipped(0.5, 0.125), 0.5, seen)
+    found = match(spec(kind), networks, zipper(0.5, 0.125), 0.5, seen)
     merged(kind, networks, found)
     assert all(torch.equal(tensor, network[name]) for network, same in zip(networks, before, strict=True)
                for name, tensor in same.items())
@@ -322,7 +322,7 @@ def test_git_re_basin_never_loses_of_its_objective(kind: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for sweeps in range(4):
             patch.setattr(dual, "MOST_SWEEPS", sweeps)
-            found = match(spec(kind), networks, aligned(False), 1.0, pearson=False, patience=9)
+            found = match(spec(kind), networks, matcher(False), 1.0, pearson=False, patience=9)
             scaled = [canonical_scale(network, spec(kind)) for network in networks]
             other = moved(scaled[1], spec(kind), found.assignments, 1)
             counted = {segment.tensor for group in spec(kind).groups.values() for segment in group.segments

@@ -7,7 +7,7 @@ import torch
 from permuted import canonical, network_of, plans_of, spec_of, tensors_of
 from torch import nn
 
-from nnunet_transplant.alignment.activations import CHUNK, Moments, activation_similarity
+from nnunet_transplant.alignment.activation_space import CHUNK, Moments, activation_similarity
 from nnunet_transplant.alignment.graph import exported
 
 # Which modules' outputs show the units of each group, after the nonlinearity; of a residual stream every output that

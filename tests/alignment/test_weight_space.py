@@ -23,7 +23,7 @@ from permuted import (
 
 from nnunet_transplant.alignment.matching import merge_matrix, unmerge_matrix
 from nnunet_transplant.alignment.spec import Spec
-from nnunet_transplant.alignment.weights import WeightSimilarity, canonical_scale, identity, moved, restricted
+from nnunet_transplant.alignment.weight_space import WeightSimilarity, canonical_scale, identity, moved, restricted
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 from commands import fork_command
+from disturbed import recipes
 from factory import base_network, small_plans, write_model
 
-from nnunet_transplant.merging import METHODS
-
-SCRIPT = Path(__file__).parents[1] / "disturbed.py"
-DATA_FREE = [name for name, method in METHODS.items() if not method.needs_data]
+SCRIPT = Path(__file__).with_name("disturbed.py")
 
 
 def disturbed(what: str, folder: Path, *numbers: int, threads: int = 1) -> Any:
@@ -62,21 +60,21 @@ def test_of_two_commands_at_once_one_wins_whole(tmp_path: Path) -> None:
     winner = [process.returncode for process in running].index(0)
     assert len(said[1 - winner]) == 1 and "error: " in said[1 - winner][0], said
     provenance = json.loads((tmp_path / "merged" / "merge.json").read_text())
-    assert provenance["folds"]["all"]["method"] == ("average", "ties")[winner]
+    assert provenance["folds"]["all"]["recipe"]["method"] == ("average", "ties")[winner]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "merged"]
     fork_command("nnunet_transplant_merge", "-m", tmp_path / "merged", "-o", tmp_path / "again")
 
 
 @pytest.fixture(scope="module")
 def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """What each method wrote: two merges on one thread and two on two."""
+    """What each recipe wrote: two merges on one thread and two on two."""
     folder = tmp_path_factory.mktemp("digests")
     write_models(folder, [16, 80])  # the largest tensor has 172,800 entries: torch and the package share it out
     on_one, on_two = (disturbed("digests", folder, threads=threads) for threads in (1, 2))
     return {name: {*on_one[name], *on_two[name]} for name in on_one}
 
 
-@pytest.mark.parametrize("method", DATA_FREE)
-def test_the_same_merge_gives_the_same_bytes_on_any_number_of_threads(method: str,
+@pytest.mark.parametrize("recipe", recipes())
+def test_the_same_merge_gives_the_same_bytes_on_any_number_of_threads(recipe: str,
                                                                       digests: dict[str, set[str]]) -> None:
-    assert len(digests[method]) == 1
+    assert len(digests[recipe]) == 1

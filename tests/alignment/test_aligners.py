@@ -2,8 +2,8 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -28,24 +28,19 @@ from permuted import (
     write,
 )
 
-from nnunet_transplant.cli import merge as command
+from nnunet_transplant import merging
+from nnunet_transplant import volumes as reading
+from nnunet_transplant.alignment import ALIGNERS, aligners
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import (
-    METHODS,
-    Recipe,
-    Volumes,
-    align,
-    calibration,
-    merge_folders,
-    merge_shared,
-    write_merge,
-    write_shared,
-)
-from nnunet_transplant.merging.repeat import read_merge
+from nnunet_transplant.merged_model import MergedModel
+from nnunet_transplant.merger import Merger, merge_folders
 from nnunet_transplant.model_folder import TrainedModel, open_models, open_theta_0
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.record import read_merge
+from nnunet_transplant.volumes import Volumes
 
-METHODS_THAT_ALIGN = [name for name, method in METHODS.items() if method.align]
-WITH_ALPHA = [name for name in METHODS_THAT_ALIGN if any(p.name == "alpha" for p in METHODS[name].parameters)]
+MATCHES, ZIPS = list(ALIGNERS), [f"{name} zip" for name in ALIGNERS]
+WAYS = MATCHES + ZIPS
 TASKS = {"background": 0, "three": 1}
 HEADS = ("decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias", "decoder.seg_layers.1.weight",
          "decoder.seg_layers.1.bias")
@@ -64,8 +59,8 @@ def traced_once() -> Iterator[None]:
     merge."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("derive", "exported"):
-            patch.setattr(align, name, once(getattr(align, name)))
-        patch.setattr(calibration, "preprocessed", read_once(calibration.preprocessed))
+            patch.setattr(aligners, name, once(getattr(aligners, name)))
+        patch.setattr(reading, "preprocessed", read_once(reading.preprocessed))
         yield
 
 
@@ -104,14 +99,20 @@ def folders(tmp_path: Path, kind: str, *tensors: dict[str, torch.Tensor], labels
     return [write(tmp_path / f"{kind}_{i}", plans_of(kind), each, labels) for i, each in enumerate(tensors)]
 
 
-def volumes_for(method: str) -> Volumes | None:
-    return VOLUMES if METHODS[method].needs_data else None
+def recipe_of(way: str, weights: Sequence[float] | None = None, **parameters: object) -> Recipe:
+    """way: an aligner that matches, or with "zip" behind its name one that zips."""
+    align, _, units = way.partition(" ")
+    return Recipe(weights=weights, align=align, parameters=parameters | ({"units": units} if units else {}),
+                  volumes=VOLUMES if ALIGNERS[align].looks else None)
 
 
-def merged(models: Sequence[Path], method: str, volumes: Volumes | None = None, weights: Sequence[float] | None = None,
+def model_of(models: Sequence[Path], recipe: Recipe, base: Path | None = None) -> MergedModel:
+    return merge_folders(models, recipe=recipe, base=base)["all"]
+
+
+def merged(models: Sequence[Path], way: str, weights: Sequence[float] | None = None,
            **parameters: object) -> dict[str, torch.Tensor]:
-    recipe = Recipe(method, weights, parameters, volumes=volumes or volumes_for(method))
-    return merge_folders(models, recipe=recipe)["all"].weights
+    return model_of(models, recipe_of(way, weights, **parameters)).state_dict
 
 
 def says(kind: str, state: dict[str, torch.Tensor], labels: dict = LABELS) -> torch.Tensor:
@@ -138,13 +139,13 @@ def label_maps(cases: int = 2) -> np.ndarray:
 # Copies in another order
 
 @pytest.mark.parametrize("kind", ["plain3d", "plain2d", "residual2d"])
-@pytest.mark.parametrize("method", METHODS_THAT_ALIGN)
-def test_merged_with_its_permuted_copy_a_model_does_what_it_did(tmp_path: Path, method: str, kind: str) -> None:
-    result = merged(folders(tmp_path, kind, copied(kind, 1), original(kind)), method)
+@pytest.mark.parametrize("way", WAYS)
+def test_merged_with_its_permuted_copy_a_model_does_what_it_did(tmp_path: Path, way: str, kind: str) -> None:
+    result = merged(folders(tmp_path, kind, copied(kind, 1), original(kind)), way)
     assert_close(says(kind, result), says(kind, original(kind)))
     # in the units of the first model
     for name, tensor in copied(kind, 1).items():
-        if "zip" not in method:
+        if "zip" not in way:
             torch.testing.assert_close(result[name], tensor)
 
 
@@ -152,46 +153,46 @@ def test_only_git_re_basin_compares_by_inner_products(tmp_path: Path) -> None:
     """Those of a unit with its copy are its squared length: 1 of its kernel and what reads it besides; correlations are
     at most 1."""
     models = folders(tmp_path, "plain2d", original("plain2d"), copied("plain2d", 1))
-    for method in METHODS_THAT_ALIGN:
-        found = merge_folders(models, recipe=Recipe(method, volumes=volumes_for(method)))["all"].provenance["found"]
-        assert found["similarity"] > 1.5 if method == "rebasin" else 0.9999 < found["similarity"] <= 1
-        assert found["alpha"] == {"rebasin": 1, "weight_zip": 1, "activation_align": 0, "zipit": 0}.get(method, 0.5)
+    for way in WAYS:
+        found = model_of(models, recipe_of(way)).provenance["found"]
+        assert found["similarity"] > 1.5 if way == "rebasin" else 0.9999 < found["similarity"] <= 1
+        assert found["alpha"] == {"rebasin": 1, "activation": 0, "mudsc": 0.5}[way.split()[0]]
 
 
 def test_without_alignment_it_would_not(tmp_path: Path) -> None:
     models = folders(tmp_path, "plain2d", copied("plain2d", 1), original("plain2d"))
     with pytest.raises(AssertionError):
-        assert_close(says("plain2d", merged(models, "average")), says("plain2d", original("plain2d")), 0.1)
+        assert_close(says("plain2d", model_of(models, Recipe()).state_dict), says("plain2d", original("plain2d")), 0.1)
 
 
-@pytest.mark.parametrize("method", METHODS_THAT_ALIGN)
-def test_either_order_of_two_models_gives_one_function(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_either_order_of_two_models_gives_one_function(tmp_path: Path, way: str) -> None:
     models = folders(tmp_path, "plain2d", original("plain2d"), copied("plain2d", 1, 0.05))
-    one, other = (says("plain2d", merged(each, method)) for each in (models, models[::-1]))
+    one, other = (says("plain2d", merged(each, way)) for each in (models, models[::-1]))
     assert_close(one, other)
     assert_close(one, says("plain2d", original("plain2d")), 0.5)  # near to where both come from
 
 
-@pytest.mark.parametrize("method", WITH_ALPHA)
+@pytest.mark.parametrize("way", ["mudsc", "mudsc zip"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_alpha_at_its_ends_is_one_space_alone(tmp_path: Path, method: str, alpha: float) -> None:
+def test_alpha_at_its_ends_is_one_space_alone(tmp_path: Path, way: str, alpha: float) -> None:
     """0: the activations' match; 1: a match by weights alone finds a copy, too."""
     kind = "plain2d"
     models = folders(tmp_path, kind, original(kind), original(kind, 1))
     if alpha == 0:
-        same = merged(models, {"mudsc_align": "activation_align", "mudsc_zip": "zipit"}[method])
-        found = merged(models, method, alpha=alpha)
+        same = merged(models, way.replace("mudsc", "activation"))
+        found = merged(models, way, alpha=alpha)
         assert all(torch.equal(found[name], same[name]) for name in same)
     models = folders(tmp_path / "copies", kind, original(kind), copied(kind, 2))
-    assert_close(says(kind, merged(models, method, alpha=alpha)), says(kind, original(kind)))
+    assert_close(says(kind, merged(models, way, alpha=alpha)), says(kind, original(kind)))
 
 
-@pytest.mark.parametrize("method", ["rebasin", "activation_align", "mudsc_align"])
+@pytest.mark.parametrize("way", MATCHES)
 @pytest.mark.parametrize("to", ["first", "mean"])
-def test_copies_are_put_into_the_first_ones_units(tmp_path: Path, method: str, to: str) -> None:
+def test_copies_are_put_into_the_first_ones_units(tmp_path: Path, way: str, to: str) -> None:
     kind = "plain2d"
     models = [copied(kind, seed) for seed in (1, 2, 3)]
-    result = merged(folders(tmp_path, kind, *models), method, to=to)
+    result = merged(folders(tmp_path, kind, *models), way, to=to)
     for name, tensor in models[0].items():
         torch.testing.assert_close(result[name], tensor)
 
@@ -199,8 +200,8 @@ def test_copies_are_put_into_the_first_ones_units(tmp_path: Path, method: str, t
 def test_models_of_half_precision_stay_halves(tmp_path: Path) -> None:
     kind = "plain2d"
     models = [{name: tensor.half() for name, tensor in each.items()} for each in (original(kind), copied(kind, 1))]
-    for method in METHODS_THAT_ALIGN:
-        result = merged(folders(tmp_path / method, kind, *models), method)
+    for way in WAYS:
+        result = merged(folders(tmp_path / way, kind, *models), way)
         assert all(tensor.dtype == torch.float16 for tensor in result.values())
         assert_close(says(kind, result), says(kind, models[0]), 1e-3)
 
@@ -214,27 +215,26 @@ def test_weights_and_what_comes_then(tmp_path: Path) -> None:
     base = write(tmp_path / "base", plans, theta_0)
     straight = folders(tmp_path / "straight", kind, noisy(theta_0, 0.05, 8), other)
     twisted = folders(tmp_path / "twisted", kind, noisy(theta_0, 0.05, 8), permuted(other, spec, 3))
-    for then, parameters in (("average", {}), ("ties", {"density": 0.4}), ("slerp", {})):
-        weights = [0.3, 0.7] if then != "ties" else [1.0, 0.5]
-        recipe = Recipe(then, weights, parameters)
-        expected = merge_folders(straight, base=base, recipe=recipe)["all"].weights
-        recipe = Recipe("rebasin", weights, {"then": then, **parameters})
-        found = merge_folders(twisted, base=base, recipe=recipe)["all"]
+    for method, parameters in (("average", {}), ("ties", {"density": 0.4}), ("slerp", {})):
+        weights = [0.3, 0.7] if method != "ties" else [1.0, 0.5]
+        expected = model_of(straight, Recipe(method, weights, parameters), base).state_dict
+        found = model_of(twisted, replace(recipe_of("rebasin", weights, **parameters), method=method), base)
         for name, tensor in expected.items():
-            torch.testing.assert_close(found.weights[name], tensor, rtol=1e-4, atol=1e-6)
-        assert found.provenance["parameters"]["then"] == then
+            torch.testing.assert_close(found.state_dict[name], tensor, rtol=1e-4, atol=1e-6)
+        assert found.provenance["recipe"]["method"] == method
 
 
 def test_what_is_held_back_is_the_first_models_base(tmp_path: Path) -> None:
     kind = "plain2d"
     models = folders(tmp_path, kind, original(kind), copied(kind, 1, 0.05))
     base = write(tmp_path / "base", plans_of(kind), noisy(original(kind), 0.1, 3))
-    recipe = Recipe("rebasin", keep_base_for=["encoder.stages.0.*"])
-    found = merge_folders(models, base=base, recipe=recipe)["all"].weights
+    recipe = Recipe(align="rebasin", keep_base_for=["encoder.stages.0.*"])
+    found = model_of(models, recipe, base).state_dict
     kept = "decoder.encoder.stages.0.0.convs.0.all_modules.0.weight"
     assert torch.equal(found[kept], open_theta_0(base)[kept])
-    with pytest.raises(TransplantError, match="after an alignment: give the base of the first model with -base"):
-        merge_folders(models, recipe=recipe)
+    with pytest.raises(TransplantError, match="after an alignment -keep_base_for and -stage_weights need the base of "
+                                              "the first model: give it with -base"):
+        model_of(models, recipe)
 
 
 def test_tasks_keep_their_own_rows_of_the_head(tmp_path: Path) -> None:
@@ -248,20 +248,19 @@ def test_tasks_keep_their_own_rows_of_the_head(tmp_path: Path) -> None:
     labels = {"background": 0, "one": 1, "two": 2, "three": 3}
     a, b = says(kind, original(kind)), says(kind, second, TASKS)
     expected = torch.stack([torch.zeros_like(a[:, 0]), a[:, 1] - a[:, 0], a[:, 2] - a[:, 0], b[:, 1] - b[:, 0]], 1)
-    for method in METHODS_THAT_ALIGN:
-        model = merge_folders(models, recipe=Recipe(method, volumes=volumes_for(method)))["all"]
+    for way in WAYS:
+        model = model_of(models, recipe_of(way))
         assert model.dataset_json["labels"] == labels
-        assert_close(says(kind, model.weights, labels), expected)
+        assert_close(says(kind, model.state_dict, labels), expected)
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     kind = "plain2d"
     models = folders(tmp_path, kind, original(kind), original(kind, 1))
-    for method in ("rebasin", "mudsc_align", "mudsc_zip"):
+    for way in ("rebasin", "mudsc", "mudsc zip"):
         written = []
         for again in ("one", "two"):
-            output = tmp_path / f"{method}_{again}"
-            write_merge(merge_folders(models, recipe=Recipe(method, volumes=volumes_for(method))), output)
+            output = merge_folders(models, recipe=recipe_of(way)).save(tmp_path / f"{way}_{again}")
             written.append(content(output))
         assert written[0] == written[1]
         found = json.loads(written[0]["merge.json"])["folds"]["all"]["found"]
@@ -273,15 +272,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_folds_are_models_too(tmp_path: Path) -> None:
-    """Two folds of one model and one of another, equal copies all: every method merges them, a zip equally. With a
+    """Two folds of one model and one of another, equal copies all: every aligner merges them, a zip equally. With a
     decay, units that are alike would come before the third of three that are the same."""
     kind = "plain2d"
     both = write(tmp_path / "both", plans_of(kind), original(kind))
     write(both, plans_of(kind), copied(kind, 1), fold="1")
     one = write(tmp_path / "one", plans_of(kind), copied(kind, 2))
-    for method in METHODS_THAT_ALIGN:
-        decay = {"decay": 1.0} if "zip" in method else {}
-        assert_close(says(kind, merged([both, one], method, **decay)), says(kind, original(kind)))
+    for way in WAYS:
+        decay = {"decay": 1.0} if "zip" in way else {}
+        assert_close(says(kind, merged([both, one], way, **decay)), says(kind, original(kind)))
 
 
 PRIMUS = """
@@ -335,10 +334,10 @@ def test_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(out(twisted), expected)
     models = [folder(name, {alias: tensors[to] for alias, to in names.items()})
               for name, tensors in (("a", state), ("b", twisted))]
-    for method in METHODS_THAT_ALIGN:
-        assert_close(out(merged(models, method)), expected)
-    with pytest.raises(TransplantError, match="--fit_head needs a network that ends in"):
-        merge_folders(models, recipe=Recipe("rebasin", volumes=VOLUMES, fit_head=True))
+    for way in WAYS:
+        assert_close(out(merged(models, way)), expected)
+    with pytest.raises(TransplantError, match="-fit head needs a network that ends in"):
+        model_of(models, replace(recipe_of("rebasin"), volumes=VOLUMES, fit=["head"]))
     other = folder("c", network(2, 1).state_dict(), TASKS)
     with pytest.raises(TransplantError, match="cannot merge; they differ in|depends on the number of classes"):
         merged([models[0], other], "rebasin")
@@ -352,8 +351,8 @@ def plain_dice(said: np.ndarray, truth: np.ndarray) -> float:
                           for row in (1, 2)]))
 
 
-@pytest.mark.parametrize(("method", "search"), [("mudsc_align", "agreement"), ("mudsc_zip", "dice")])
-def test_the_search_takes_the_best_alpha(tmp_path: Path, method: str, search: str) -> None:
+@pytest.mark.parametrize(("way", "search"), [("mudsc", "agreement"), ("mudsc zip", "dice")])
+def test_the_search_takes_the_best_alpha(tmp_path: Path, way: str, search: str) -> None:
     kind = "plain3d"
     tensors = [original(kind, seed) for seed in (0, 3)]
     models = folders(tmp_path, kind, *tensors)
@@ -361,47 +360,43 @@ def test_the_search_takes_the_best_alpha(tmp_path: Path, method: str, search: st
     def mean_said(*states: dict[str, torch.Tensor]) -> np.ndarray:
         return sum(logits(plans_of(kind), LABELS, state, patches()) for state in states).argmax(1).numpy()
     truth = label_maps() if search == "dice" else mean_said(*tensors)
-    found = merge_folders(models, recipe=Recipe(method, parameters={"search": search}, volumes=VOLUMES))["all"]
+    found = model_of(models, recipe_of(way, search_alpha=search))
     searched = found.provenance["found"]["searched"]
     assert list(searched) == ["0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1"]
     best = max(searched, key=searched.get)
     scores, states = {}, {}
     for alpha in {"0", "0.4", "1", best}:
-        states[alpha] = merged(models, method, alpha=float(alpha))
+        states[alpha] = merged(models, way, alpha=float(alpha))
         scores[alpha] = plain_dice(mean_said(states[alpha]), truth)
         # the ensemble is kept in half precision: a voxel may fall to the other side
         assert searched[alpha] == pytest.approx(scores[alpha], abs=1e-6 if search == "dice" else 2e-3)
     assert len(set(scores.values())) > 1
     assert float(best) == found.provenance["found"]["alpha"]
-    assert all(torch.equal(found.weights[name], tensor) for name, tensor in states[best].items())
+    assert all(torch.equal(found.state_dict[name], tensor) for name, tensor in states[best].items())
 
 
 def test_a_search_scores_batch_norms_with_their_own_statistics(tmp_path: Path) -> None:
     """What is scored is what is written, and that is the merge by the alpha found."""
     kind = "batch3d"
     models = folders(tmp_path, kind, original(kind), original(kind, 3))
-    found = merge_folders(models, recipe=Recipe("mudsc_align", parameters={"search": "dice"}, volumes=VOLUMES))["all"]
+    found = model_of(models, recipe_of("mudsc", search_alpha="dice"))
     searched = found.provenance["found"]["searched"]
-    said = logits(plans_of(kind), LABELS, found.weights, patches()).argmax(1).numpy()
+    said = logits(plans_of(kind), LABELS, found.state_dict, patches()).argmax(1).numpy()
     chosen = f"{found.provenance['found']['alpha']:g}"
     assert searched[chosen] == pytest.approx(plain_dice(said, label_maps()), abs=1e-6)
-    same = merged(models, "mudsc_align", alpha=found.provenance["found"]["alpha"])
-    assert all(torch.equal(found.weights[name], tensor) for name, tensor in same.items())
+    same = merged(models, "mudsc", alpha=found.provenance["found"]["alpha"])
+    assert all(torch.equal(found.state_dict[name], tensor) for name, tensor in same.items())
 
 
 @pytest.fixture
-def merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """nnunet_transplant_merge in this process: what it says on stderr."""
+def merge(tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """nnunet_transplant_merge in this process, on one thread: what it says on stderr."""
+    monkeypatch.setattr(merging, "torch_device", torch.device)
+
     def merge(output: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["nnunet_transplant_merge", "-o", str(tmp_path / output),
-                                          *map(str, arguments)])
-        try:
-            command.main()
-        except SystemExit as leave:
-            assert leave.code == 1
-        captured = capsys.readouterr()
-        merge.out = captured.out
-        return re.sub(r"(\r[^\r\n]*)+\n", "", captured.err)  # without progress bars
+        status, merge.out, said = run("merge", "-o", tmp_path / output, "-device", "cpu", *arguments)
+        assert status in (0, 1)
+        return re.sub(r"(\r[^\r\n]*)+\n", "", said)  # without progress bars
     return merge
 
 
@@ -409,31 +404,42 @@ def test_a_merge_that_searched_and_polished_repeats_byte_for_byte(tmp_path: Path
     kind = "plain3d"
     models = folders(tmp_path, kind, original(kind), original(kind, 3))
     options = ["-d", "501", "-n_cases", "2"]
-    for name, more in (("searched", ["-method", "mudsc_align", "-search", "agreement", "-to", "mean", *options]),
-                       ("zipped", ["-method", "zipit", "-decay", "0.9", "-budget", "0", "-polish", "3", *options]),
-                       ("polished", ["-method", "rebasin", "-weights", "0.4", "0.6", "-seed", "5", "--fit_head",
-                                     "-polish", "2", "-polish_lr", "0.0003", *options])):
+    for name, more in (("searched", ["-align", "mudsc", "-search_alpha", "agreement", "-to", "mean", *options]),
+                       ("zipped", ["-align", "activation", "-units", "zip", "-decay", "0.9", "-budget", "0", "-fit",
+                                   "polish", "-steps", "3", *options]),
+                       ("polished", ["-align", "rebasin", "-weights", "0.4", "0.6", "-seed", "5", "-fit", "head",
+                                     "polish", "-steps", "2", "-lr", "0.0003", *options])):
         assert merge(name, "-m", *models, *more) == ""
         recipe = read_merge(tmp_path / name).recipe
-        assert recipe.method == more[1] and (recipe.polish, recipe.polish_lr) == {
-            "zipped": (3, 1e-3), "polished": (2, 3e-4)}.get(name, (0, 1e-3))
-        assert recipe.fit_head == (name == "polished")
+        assert recipe.align == more[1]
+        assert recipe.fit == {"searched": [], "zipped": ["polish"], "polished": ["head", "polish"]}[name]
+        settings = recipe.settings()
+        if name != "searched":
+            polish = settings["polish"]
+            assert (polish["steps"], polish["lr"]) == {"zipped": (3, 1e-3), "polished": (2, 3e-4)}[name]
+        if name == "polished":  # a seed is every step's
+            assert settings["rebasin"]["seed"] == settings["head"]["seed"] == settings["polish"]["seed"] == 5
         assert merge(f"{name}_again", "-from", tmp_path / name) == ""
         assert content(tmp_path / f"{name}_again") == content(tmp_path / name)
     record = json.loads((tmp_path / "searched" / "merge.json").read_text())["folds"]["all"]
-    assert record["parameters"]["search"] == "agreement" and len(record["found"]["searched"]) == 11
-    # another method with the volumes and the polishing of before
-    assert merge("other", "-from", tmp_path / "zipped", "-method", "average") == ""
-    assert read_merge(tmp_path / "other").recipe.polish == 3
+    assert record["recipe"]["parameters"]["mudsc.search_alpha"] == "agreement"
+    assert len(record["found"]["searched"]) == 11
+    # without the alignment, with the volumes and the polishing of before
+    assert merge("other", "-from", tmp_path / "zipped", "-align", "none") == ""
+    other = read_merge(tmp_path / "other").recipe
+    assert other.align is None and other.fit == ["polish"] and other.settings()["polish"]["steps"] == 3
+    assert other.volumes == read_merge(tmp_path / "zipped").recipe.volumes
 
 
 def test_polishing_any_merge(tmp_path: Path) -> None:
     kind = "plain2d"
     models = folders(tmp_path, kind, original(kind), noisy(original(kind), 0.05, 1))
-    plain = merge_folders(models, recipe=Recipe())["all"].weights
-    polished = merge_folders(models, recipe=Recipe(volumes=VOLUMES, polish=2))["all"]
-    assert polished.provenance["polish"] == 2 and polished.provenance["volumes"]["n_cases"] == 2
-    assert 0 < float((polished.weights[HEADS[2]] - plain[HEADS[2]]).abs().max()) <= 2.1e-3
+    plain = model_of(models, Recipe()).state_dict
+    polished = model_of(models, Recipe(volumes=VOLUMES, fit=["polish"], parameters={"steps": 2}))
+    recipe = polished.provenance["recipe"]
+    assert recipe["parameters"]["polish.steps"] == 2 and recipe["volumes"]["n_cases"] == 2
+    assert polished.provenance["volumes"] == {"Dataset501_Boxes": ["case_0", "case_1"]}
+    assert 0 < float((polished.state_dict[HEADS[2]] - plain[HEADS[2]]).abs().max()) <= 2.1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,28 +456,28 @@ def two_tasks(tmp_path: Path, kind: str) -> tuple[list[Path], list[dict[str, tor
 
 
 @pytest.mark.parametrize("kind", ["plain2d", "residual3d"])
-@pytest.mark.parametrize("method", METHODS_THAT_ALIGN)
-def test_one_encoder_for_two_tasks(tmp_path: Path, method: str, kind: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_one_encoder_for_two_tasks(tmp_path: Path, way: str, kind: str) -> None:
     """Where the encoders do the same, each model does what it did."""
     models, states = two_tasks(tmp_path, kind)
-    recipe = Recipe(method, volumes=volumes_for(method), share=["encoder.*"])
-    shared = merge_shared([open_models(model) for model in models], recipe)
+    shared = merge_folders(models, recipe=replace(recipe_of(way), share=["encoder.*"]))
+    assert shared.side_by_side
     assert list(shared) == ["Dataset901_A_fold_0", "Dataset902_B_fold_0"]
     one, other = shared.values()
     assert one.dataset_json["labels"] == LABELS and other.dataset_json["labels"] == TASKS
     assert one.mirroring_axes == (0, 1) and other.mirroring_axes == (1,)
-    assert_close(says(kind, one.weights), says(kind, states[0]))
-    assert_close(says(kind, other.weights, TASKS), says(kind, states[1], TASKS))
+    assert_close(says(kind, one.state_dict), says(kind, states[0]))
+    assert_close(says(kind, other.state_dict, TASKS), says(kind, states[1], TASKS))
     names = canonical(plans_of(kind))
     for name in names:
         if ".encoder." in name or name.startswith("encoder."):
-            assert torch.equal(one.weights[name], other.weights[name])
+            assert torch.equal(one.state_dict[name], other.state_dict[name])
     for model, state in ((one, states[0]), (other, states[1])):
         for name in set(names.values()):
             # of its own: what reads the encoder has its inputs in another order, the rest is untouched
             if not name.startswith("decoder.encoder."):
                 reads = "transpconvs.0.weight" in name or ("stages" in name and "all_modules.0.weight" in name)
-                mine, before = model.weights[name], state[name]
+                mine, before = model.state_dict[name], state[name]
                 assert torch.equal(*(tensor.flatten().sort().values for tensor in (mine, before))) if reads \
                     else torch.equal(mine, before)
 
@@ -483,15 +489,15 @@ def test_what_models_keep_reads_the_units_as_they_are_merged(tmp_path: Path) -> 
     plans = plans_of(kind)
     networks = [original(kind), original(kind, 1)]
     models = folders(tmp_path, kind, *networks)
-    recipe = Recipe("zipit", parameters={"budget": 1.0}, volumes=VOLUMES, share=["encoder.*"])
-    shared = list(merge_shared([open_models(model) for model in models], recipe).values())
+    recipe = replace(recipe_of("activation zip", budget=1.0), share=["encoder.*"])
+    shared = list(Merger([open_models(model) for model in models], recipe).merge_shared().values())
     whole = spec_of(plans)
     encoder = {name: group for name, group in whole.groups.items() if "encoder" in name}
     # the assignments, found out again from what each model's decoder reads
     last = "decoder.transpconvs.0.weight"
     group, = (group for name, group in encoder.items() if any(s.tensor == last for s in group.segments))
     for n, model in enumerate(shared):
-        before, after = networks[n][last].flatten(1), model.weights[last].flatten(1)
+        before, after = networks[n][last].flatten(1), model.state_dict[last].flatten(1)
         solved = torch.linalg.lstsq(before.T, after.T).solution.T  # after = U^T before
         assignment = solved.T.round()
         torch.testing.assert_close(solved.T, assignment, rtol=0, atol=1e-3)
@@ -502,15 +508,15 @@ def test_what_models_keep_reads_the_units_as_they_are_merged(tmp_path: Path) -> 
             counts += assignment.sum(0)
     assert float(counts.sum()) == 2 * group.size and bool((counts >= 1).all())
     assert float(counts.max()) > 2 or float(counts.min()) < 2  # some units were joined with units of their own model
-    for name in shared[0].weights:
+    for name in shared[0].state_dict:
         if "encoder." in name:
-            assert torch.equal(shared[0].weights[name], shared[1].weights[name])
+            assert torch.equal(shared[0].state_dict[name], shared[1].state_dict[name])
 
 
 def test_shared_models_are_ordinary_model_folders(tmp_path: Path, merge: Callable) -> None:
     kind = "plain2d"
     models, _ = two_tasks(tmp_path, kind)
-    assert merge("out", "-m", *models, "-method", "rebasin", "-share", "encoder.*", "*transpconvs.0*") == ""
+    assert merge("out", "-m", *models, "-align", "rebasin", "-share", "encoder.*", "*transpconvs.0*") == ""
     output = tmp_path / "out"
     names = ["Dataset901_A_fold_0", "Dataset902_B_fold_0"]
     assert sorted(path.name for path in output.iterdir()) == [*names, "merge.json"]
@@ -528,28 +534,30 @@ def test_shared_models_are_ordinary_model_folders(tmp_path: Path, merge: Callabl
     # each repeats the whole of it
     assert merge("again", "-from", output / names[1]) == ""
     assert content(tmp_path / "again") == content(output)
-    assert "exists already" in merge("out", "-m", *models, "-method", "rebasin", "-share", "encoder.*")
-    assert merge("out", "-m", *models, "-method", "rebasin", "-share", "encoder.*", "--overwrite") == ""
+    assert "exists already" in merge("out", "-m", *models, "-align", "rebasin", "-share", "encoder.*")
+    assert merge("out", "-m", *models, "-align", "rebasin", "-share", "encoder.*", "--overwrite") == ""
     assert sorted(path.name for path in output.iterdir()) == [*names, "merge.json"]
 
 
 def test_two_models_of_one_name_are_written_both(tmp_path: Path) -> None:
     kind = "plain2d"
     models = [write(tmp_path / part / "Dataset901_A" / "m", plans_of(kind), original(kind)) for part in "ab"]
-    shared = merge_shared([open_models(model) for model in models], Recipe("rebasin", share=["encoder.*"]))
-    write_shared(shared, tmp_path / "out")
+    shared = merge_folders(models, recipe=Recipe(align="rebasin", share=["encoder.*"]))
+    shared.save(tmp_path / "out")
     assert len(shared) == 2 and all((tmp_path / "out" / name / "plans.json").is_file() for name in shared)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# The commands
 
-def test_show_spec_prints_every_group(tmp_path: Path, merge: Callable) -> None:
+def test_the_spec_lists_every_group(tmp_path: Path, run: Callable) -> None:
     kind = "residual3d"
     model, = folders(tmp_path, kind, original(kind))
-    assert merge("nothing", "-m", model, "--show_spec") == ""
+    status, said, error = run("spec", "-m", model)
+    assert status == 0 and error == ""
+    *lines, hint = said.splitlines()
+    assert "-align" in hint and lines == aligners.spec(model).text().splitlines()
     spec = spec_of(plans_of(kind))
-    lines = merge.out.splitlines()
     for name, group in spec.groups.items():
         at = lines.index(f"{name}: {group.size} units")
         below = lines[at + 1:at + 1 + len(group.segments)]
@@ -557,7 +565,8 @@ def test_show_spec_prints_every_group(tmp_path: Path, merge: Callable) -> None:
             place = f"{segment.tensor} axis {segment.axis}, {segment.start} to {segment.start + group.size - 1}"
             assert any(line.endswith(place) for line in below)
     assert len(lines) == len(spec.groups) + sum(len(group.segments) for group in spec.groups.values())
-    assert not (tmp_path / "nothing").exists()
+    status, _, error = run("spec")
+    assert status == 2 and "-m" in error and error.count("\n") == 1
 
 
 def test_what_cannot_be_aligned_is_refused_in_one_line(tmp_path: Path, merge: Callable, raw: Path) -> None:
@@ -567,43 +576,49 @@ def test_what_cannot_be_aligned_is_refused_in_one_line(tmp_path: Path, merge: Ca
     wide["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 12]
     other = write_model(tmp_path / "wide", LABELS, plans=wide)
     volumes = ["-d", "501"]
+    zipping = ["-align", "rebasin", "-units", "zip"]
+    sharing = ["-align", "rebasin", "-share", "encoder.*"]
     for arguments, message in (
-            (["-m", a, "-f", "0", "-method", "rebasin"], "needs at least two"),
-            (["-m", a, b, "-method", "mudsc_align"], "needs volumes to look at: give -d"),
-            (["-m", a, b, "-method", "zipit"], "needs volumes to look at: give -d"),
-            (["-m", a, b, "-method", "mudsc_zip", "-search", "dice"], "needs volumes to look at: give -d"),
-            (["-m", a, b, "-method", "mudsc_align", *volumes, "-alpha", "1.5"], "-alpha must lie between 0 and 1"),
-            (["-m", a, b, "-method", "mudsc_align", *volumes, "-alpha", "nan"], "-alpha must lie between 0 and 1"),
-            (["-m", a, b, "-method", "weight_zip", "-budget", "-1"], "-budget must lie between 0 and 1"),
-            (["-m", a, b, "-method", "rebasin", "-then", "ties"], "-then ties after an alignment: give the base"),
-            (["-m", a, b, "-method", "rebasin", "-then", "regmean"], "regmean needs volumes"),
-            (["-m", a, b, "-method", "rebasin", "-alpha", "0.5"], "has no -alpha"),
-            (["-m", a, b, "-method", "weight_zip", "-weights", "0.3", "0.7"], "leave out -weights"),
-            (["-m", a, b, "-method", "weight_zip", "-then", "ties"], "has no -then"),
+            (["-m", a, "-f", "0", "-align", "rebasin"], "needs at least two"),
+            (["-m", a, b, "-align", "mudsc"], "needs volumes to look at: give -d"),
+            (["-m", a, b, "-align", "activation", "-units", "zip"], "needs volumes to look at: give -d"),
+            (["-m", a, b, "-align", "mudsc", "-units", "zip", "-search_alpha", "dice"],
+             "needs volumes to look at: give -d"),
+            (["-m", a, b, "-align", "mudsc", *volumes, "-alpha", "1.5"], "-alpha must lie between 0 and 1"),
+            (["-m", a, b, "-align", "mudsc", *volumes, "-alpha", "nan"], "-alpha must lie between 0 and 1"),
+            (["-m", a, b, *zipping, "-budget", "-1"], "-budget must lie between 0 and 1"),
+            (["-m", a, b, "-align", "rebasin", "-method", "ties"],
+             "after an alignment method ties needs the base of the first model: give it with -base"),
+            (["-m", a, b, "-align", "rebasin", "-method", "regmean"], "regmean needs volumes"),
+            (["-m", a, b, "-align", "rebasin", "-alpha", "0.5"], "have no -alpha"),
+            (["-m", a, b, *zipping, "-weights", "0.3", "0.7"], "leave out -weights"),
+            (["-m", a, b, *zipping, "-method", "ties"], "after a zip only the plain mean is a network"),
             (["-m", a, b, "-method", "average", *volumes], "looks at no volumes"),
-            (["-m", a, b, "-method", "rebasin", "-share", "nowhere.*"], "-share nowhere.* matches no tensor"),
-            (["-m", a, b, "-share", "encoder.*"], "-share needs a method that aligns"),
-            (["-m", a, b, "-method", "rebasin", "-share", "encoder.*", "-polish", "3", *volumes], "no -polish"),
-            (["-m", a, b, "-polish", "3"], "-polish needs volumes"),
-            (["-m", a, b, "--fit_head"], "--fit_head needs volumes"),
-            (["-m", a, b, *volumes, "-polish", "-3"], "-polish"),
-            (["-m", a, b, *volumes, "-polish", "3", "-polish_lr", "-1"], "-polish_lr"),
-            (["-m", a, b, *volumes, "-polish", "3", "-polish_lr", "nan"], "-polish_lr"),
-            (["-m", a, b, *volumes, "-polish", "3", "-polish_lr", "1e39"], "-polish_lr"),
-            (["-m", a, b, "-method", "mudsc_align", "-d", "502"], "502"),
-            (["--show_spec"], "give the models to merge with -m")):
+            (["-m", a, b, "-align", "rebasin", "-share", "nowhere.*"], "-share nowhere.* matches no tensor"),
+            (["-m", a, b, "-share", "encoder.*"], "-share needs -align"),
+            (["-m", a, b, *sharing, "-fit", "polish", *volumes], "-share needs -align, and no -fit"),
+            (["-m", a, b, *sharing, "-fit", "head", *volumes], "-share needs -align, and no -fit"),
+            (["-m", a, b, "-align", "mudsc", "-search_alpha", "agreement", "-share", "encoder.*", *volumes],
+             "-share makes several models"),
+            (["-m", a, b, "-fit", "polish"], "polish needs volumes"),
+            (["-m", a, b, "-fit", "head"], "head needs volumes"),
+            (["-m", a, b, *volumes, "-fit", "polish", "-steps", "-3"], "-steps must lie between 1 and"),
+            (["-m", a, b, *volumes, "-fit", "polish", "-lr", "-1"], "-lr must lie between"),
+            (["-m", a, b, *volumes, "-fit", "polish", "-lr", "nan"], "-lr must lie between"),
+            (["-m", a, b, *volumes, "-fit", "polish", "-lr", "1e39"], "-lr must lie between"),
+            (["-m", a, b, "-align", "mudsc", "-d", "502"], "502")):
         error = merge("out", *arguments)
         assert message in error and error.count("\n") == 1, (arguments, error)
         assert not (tmp_path / "out").exists()
-    error = merge("out", "-m", a, other, "-method", "rebasin")  # a table of what differs
+    error = merge("out", "-m", a, other, "-align", "rebasin")  # a table of what differs
     assert "cannot merge; they differ in" in error and "16" in error and "12" in error and "Traceback" not in error
-    for then in ("rebasin", "magic"):
-        with pytest.raises(TransplantError, match=then):
-            merge_folders([a, b], recipe=Recipe("rebasin", parameters={"then": then}))
+    for method in ("rebasin", "magic"):
+        with pytest.raises(TransplantError, match=f"there is no merging method '{method}'"):
+            model_of([a, b], Recipe(method, align="rebasin"))
     with pytest.raises(TransplantError, match="not one of all"):
-        merge_folders([a, b], recipe=Recipe("rebasin", share=["encoder.*"]))
-    with pytest.raises(TransplantError, match="search"):
-        merge_folders([a, b], recipe=Recipe("rebasin", parameters={"search": "dice"}))
+        Merger([open_models(model) for model in (a, b)], Recipe(align="rebasin", share=["encoder.*"])).merge()
+    with pytest.raises(TransplantError, match="search_alpha"):
+        model_of([a, b], recipe_of("rebasin", search_alpha="dice"))
 
 
 def test_labels_are_needed_for_dice_only(tmp_path: Path, raw: Path) -> None:
@@ -611,11 +626,11 @@ def test_labels_are_needed_for_dice_only(tmp_path: Path, raw: Path) -> None:
     models = folders(tmp_path, kind, original(kind), original(kind, 1))
     write_volumes(raw.parent, "Dataset503_Unlabelled", LABELS, cases=1, shape=(8, 16, 16))
     next((raw.parent / "Dataset503_Unlabelled" / "labelsTr").iterdir()).unlink()
-    recipe = {search: Recipe("mudsc_align", parameters={"search": search}, volumes=Volumes([503]))
+    recipe = {search: replace(recipe_of("mudsc", search_alpha=search), volumes=Volumes([503]))
               for search in ("dice", "agreement")}
     with pytest.raises(TransplantError, match="without labels"):
-        merge_folders(models, recipe=recipe["dice"])
-    assert merge_folders(models, recipe=recipe["agreement"])["all"].provenance["found"]["searched"]
+        model_of(models, recipe["dice"])
+    assert model_of(models, recipe["agreement"]).provenance["found"]["searched"]
 
 
 def test_nan_is_named(tmp_path: Path) -> None:
@@ -624,6 +639,6 @@ def test_nan_is_named(tmp_path: Path) -> None:
     name = "decoder.stages.0.convs.0.all_modules.0.weight"
     broken[name][0, 0, 0, 0] = float("nan")
     models = folders(tmp_path, kind, original(kind), broken)
-    for method in METHODS_THAT_ALIGN:
+    for way in WAYS:
         with pytest.raises(TransplantError, match=f"NaN or Inf in {name}"):
-            merged(models, method)
+            merged(models, way)

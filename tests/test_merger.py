@@ -1,4 +1,4 @@
-"""Merging model folders: what is written, what nnU-Net makes of it, and what is refused."""
+"""Merging models: what nnU-Net makes of it, what is refused, and many merges of the same models."""
 import json
 import os
 from collections.abc import Callable
@@ -10,11 +10,10 @@ import torch
 from factory import base_network, random_network, small_plans, write_model
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_transplant import checkpoint
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.files import file_sha256
-from nnunet_transplant.merging import Recipe, merge_folders, write_merge
+from nnunet_transplant.merger import merge_folders
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.task_vector import theta_0_path
 
 LABELS = {"softmax": ({"background": 0, "one": 1, "two": 2}, None),
@@ -57,7 +56,7 @@ def test_one_model_alone_predicts_the_same_voxels(tmp_path: Path, kind: str, dim
     labels, order = LABELS[kind]
     model = write_model(tmp_path / "model", labels, order, plans=small_plans(dim, residual),
                         axes=tuple(range(dim)))
-    write_merge(merge_folders([model], recipe=Recipe(weights=[1.0])), tmp_path / "merged")
+    merge_folders([model], recipe=Recipe(weights=[1.0])).save(tmp_path / "merged")
     image = torch.randn(1, 20, 20, 20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(stock_logits(model, image, "0"), stock_logits(tmp_path / "merged", image, "all"))
 
@@ -68,7 +67,7 @@ def test_joined_softmax_heads_follow_the_rule_of_the_tasks_own_logits(tmp_path: 
     body = open_models(tasks[0])[0]
     bodies = {name: tensor for name, tensor in body.state_dict().items() if ".seg_layers." not in name}
     second = write_model(tmp_path / "same_body", {"background": 0, "B": 1, "C": 2}, seed=5, change=bodies)
-    write_merge(merge_folders([tasks[0], second]), tmp_path / "merged")
+    merge_folders([tasks[0], second]).save(tmp_path / "merged")
     image = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
     a, bc, merged = (network_logits(folder, image) for folder in (tasks[0], second, tmp_path / "merged"))
     scores = np.stack([(a[1] - a[0]).numpy(), (bc[1] - bc[0]).numpy(), (bc[2] - bc[0]).numpy()])
@@ -93,7 +92,7 @@ def test_joined_region_heads_keep_each_regions_logit(tmp_path: Path) -> None:
     body = {name: tensor for name, tensor in open_models(core)[0].state_dict().items() if "seg_layers" not in name}
     other = task("other", 2, {"background": 0, "whole": [1, 2], "in": 2}, [1, 2], {"whole": ["whole"], "in": ["in"]},
                  body)
-    write_merge(merge_folders([core, other]), tmp_path / "merged")
+    merge_folders([core, other]).save(tmp_path / "merged")
     written = json.loads((tmp_path / "merged" / "dataset.json").read_text())
     # nested as in the parent, outermost first, so that nnU-Net writes the inner ones over the outer ones
     assert written["labels"] == {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "in": [3]}
@@ -109,7 +108,7 @@ def test_shared_structure_is_averaged_and_forgotten_ones_are_gone(tmp_path: Path
     merged = merge_folders([a, b], recipe=Recipe(weights=[0.25, 0.75]))["all"]
     head = "decoder.seg_layers.1.weight"
     of_a, of_b = (open_models(model)[0].state_dict()[head] for model in (a, b))
-    torch.testing.assert_close(merged.weights[head][2], 0.25 * (of_a[2] - of_a[0]) + 0.75 * (of_b[1] - of_b[0]))
+    torch.testing.assert_close(merged.state_dict[head][2], 0.25 * (of_a[2] - of_a[0]) + 0.75 * (of_b[1] - of_b[0]))
     forgot = merge_folders([a, b], recipe=Recipe("task_arithmetic", [1, -1]))["all"]
     assert list(forgot.dataset_json["labels"]) == ["background", "A", "B"]
     forgot = merge_folders([a, b], recipe=Recipe("task_arithmetic", [-1, 1]))["all"]
@@ -125,59 +124,15 @@ def test_folds_average_and_per_fold(tmp_path: Path, base: torch.nn.Module) -> No
     tensor = "encoder.stages.0.0.convs.0.conv.weight"
     thetas = [[model.state_dict()[tensor] for model in open_models(path)] for path in paths]
     whole = merge_folders(paths)["all"]
-    torch.testing.assert_close(whole.weights[tensor], sum(sum(folds) for folds in thetas) / 4)
+    torch.testing.assert_close(whole.state_dict[tensor], sum(sum(folds) for folds in thetas) / 4)
     per_fold = merge_folders(paths, per_fold=True)
     assert list(per_fold) == ["0", "1"]
-    torch.testing.assert_close(per_fold["1"].weights[tensor], (thetas[0][1] + thetas[1][1]) / 2)
-    write_merge(per_fold, tmp_path / "merged")
+    torch.testing.assert_close(per_fold["1"].state_dict[tensor], (thetas[0][1] + thetas[1][1]) / 2)
+    per_fold.save(tmp_path / "merged")
     assert [model.fold for model in open_models(tmp_path / "merged")] == ["0", "1"]
     with pytest.raises(TransplantError, match="same folds"):
         merge_folders([*paths, write_model(tmp_path / "z", {"background": 0, "Z": 1}, base=base, fold="0")],
                       per_fold=True)
-
-
-def test_what_a_merge_writes(tmp_path: Path, tasks: list[Path]) -> None:
-    dataset = json.loads((tasks[0] / "dataset.json").read_text())
-    dataset["dataset"] = {"patient": {"images": ["/secret/patient.nii.gz"]}}
-    (tasks[0] / "dataset.json").write_text(json.dumps(dataset))
-    write_merge(merge_folders(tasks, recipe=Recipe("ties")), tmp_path / "one")
-    write_merge(merge_folders(tasks, recipe=Recipe("ties")), tmp_path / "two")
-    files = {str(path.relative_to(tmp_path / "one")): path.read_bytes()
-             for path in (tmp_path / "one").rglob("*") if path.is_file()}
-    assert set(files) == {"plans.json", "dataset.json", "dataset_fingerprint.json", "merge.json",
-                          "fold_all/checkpoint_final.pth", "fold_all/progress.png", "fold_all/validation/summary.json"}
-    for name, content in files.items():  # same inputs, same bytes
-        assert (tmp_path / "two" / name).read_bytes() == content, name
-        assert b"secret" not in content, name
-    content = checkpoint.read(tmp_path / "one" / "fold_all" / "checkpoint_final.pth")
-    assert content["trainer_name"] == "nnUNetTrainer"
-    assert content["inference_allowed_mirroring_axes"] == (0, 2)
-    inputs = json.loads(files["merge.json"])["folds"]["all"]["inputs"]
-    for i, (one, task, structures) in enumerate(zip(inputs, tasks, [["A"], ["B", "C"]], strict=True)):
-        path = task / "fold_0" / "checkpoint_final.pth"
-        assert one == {"path": str(path), "sha256": file_sha256(path), "fold": "0", "group": i, "weight": 0.5,
-                       "structures": structures}
-    sources = json.loads(files["dataset.json"])["nnunet_transplant"]
-    assert sources["classes"] == {"A": ["A"], "B": ["B"], "C": ["C"]}
-
-
-def test_tied_tensors_stay_tied_and_are_stored_once(tmp_path: Path, tasks: list[Path]) -> None:
-    """31 M parameters: the file is at most 1.05 times its unique weights."""
-    plans = small_plans()
-    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(
-        n_stages=6, features_per_stage=[32, 64, 128, 256, 320, 320], kernel_sizes=[[3] * 3] * 6,
-        strides=[[1] * 3] + [[2] * 3] * 5, n_conv_per_stage=[2] * 6, n_conv_per_stage_decoder=[2] * 5)
-    model = write_model(tmp_path / "big", plans=plans)
-    merged = merge_folders([model])
-    weights = merged["all"].weights
-    unique = {id(tensor): tensor for tensor in weights.values()}
-    parameters = sum(tensor.numel() for tensor in unique.values())
-    assert 30e6 < parameters < 32e6
-    write_merge(merged, tmp_path / "merged")
-    path = tmp_path / "merged" / "fold_all" / "checkpoint_final.pth"
-    assert path.stat().st_size <= 1.05 * 4 * parameters
-    loaded = checkpoint.read(path)["network_weights"]
-    assert len({tensor.data_ptr() for tensor in loaded.values()}) == len(unique)
 
 
 def test_mirroring_is_what_all_allow(tmp_path: Path) -> None:
@@ -199,7 +154,7 @@ def test_half_precision_weights_stay_half_precision_and_integers_are_copied(tmp_
                                       for name, tensor in content["network_weights"].items()}
         torch.save(content, path)
         networks.append(content["network_weights"])
-    merged = merge_folders(models, recipe=Recipe(weights=[0.25, 0.75]))["all"].weights
+    merged = merge_folders(models, recipe=Recipe(weights=[0.25, 0.75]))["all"].state_dict
     in_halves = 0
     for name, one in networks[0].items():
         other = networks[1][name]
@@ -221,7 +176,7 @@ def test_stock_fine_tuning_needs_the_base_given(tmp_path: Path, base: torch.nn.M
     for method in ("ties", "task_arithmetic"):
         by_hand = merge_folders(models, recipe=Recipe(method), base=given)["all"]
         by_record = merge_folders(recorded, recipe=Recipe(method))["all"]
-        assert all(torch.equal(by_hand.weights[name], tensor) for name, tensor in by_record.weights.items())
+        assert all(torch.equal(by_hand.state_dict[name], tensor) for name, tensor in by_record.state_dict.items())
     assert not merge_folders(models)["all"].notes
     strangers = [write_model(tmp_path / f"s{seed}", seed=seed) for seed in (1, 2)]
     assert "do not seem to come from one base" in merge_folders(strangers)["all"].notes[0]
@@ -340,36 +295,3 @@ def test_wrong_base_and_damaged_base_are_refused(tmp_path: Path, tasks: list[Pat
     kept.write_bytes(content)
     with pytest.raises(TransplantError, match="SHA-256 differs"):
         merge_folders(tasks, recipe=Recipe("ties"))
-
-
-def test_output_is_whole_or_absent(tmp_path: Path, tasks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    merged = merge_folders(tasks)
-    output = tmp_path / "out" / "merged"
-
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            write_merge(merged, output)
-    assert list(output.parent.iterdir()) == []
-    write_merge(merged, output)
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    with pytest.raises(TransplantError, match="exists already"):
-        write_merge(merged, output)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            write_merge(merged, output, overwrite=True)
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
-    write_merge(merge_folders(tasks, recipe=Recipe("ties")), output, overwrite=True)
-    assert json.loads((output / "merge.json").read_text())["folds"]["all"]["method"] == "ties"
-    assert [path.name for path in output.parent.iterdir()] == ["merged"]
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(TransplantError, match="replaces nothing else"):
-        write_merge(merged, precious, overwrite=True)
-    assert (precious / "thesis.txt").exists()
-
-
