@@ -5,7 +5,7 @@
 average: merging model folders on disk from end to end, beside the floor: every network's weights read once (by mmap,
 each tensor summed) and one network written once with the same fsync. For nnU-Net's default network (31 M parameters)
 and its ResEnc L (102 M); the checkpoints hold the optimiser's momentum as nnU-Net writes it. "Merge" reads checkpoints,
-merges and writes one; "folders" is merge_folders and write_merge with all they check, build and write beside that;
+merges and writes one; "folders" is merge_folders and save with all they check, build and write beside that;
 "SHA-256" is the same with the hashes of the input files that merge.json records. Memory is the peak of the anonymous
 resident set (the mapped files are not in it) of the last above what was there before, in a process of its own, in
 multiples of one network's weights.
@@ -20,9 +20,9 @@ leave it to torch to use several cores suffer for it.
 """
 import argparse
 import gc
+import json
 import multiprocessing
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -36,17 +36,18 @@ from unittest.mock import patch
 import rivals
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from factory import dataset_json, random_network, small_plans, write_model
-
 from nnunet_transplant import checkpoint
-from nnunet_transplant.architecture import layout
+from nnunet_transplant.architecture import build_network, layout
 from nnunet_transplant.files import file_sha256
-from nnunet_transplant.merging import METHODS, merge_folders, write_merge
-from nnunet_transplant.merging.apply import merge_tensors
+from nnunet_transplant.merger import merge_folders
+from nnunet_transplant.methods import METHODS
+from nnunet_transplant.methods.apply import merge_tensors
+from nnunet_transplant.recipe import Recipe
 
 Network = dict[str, torch.Tensor]
 
+DATASET = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "one": 1}, "numTraining": 8,
+           "file_ending": ".nii.gz"}
 CHECKPOINT = Path("fold_0") / "checkpoint_final.pth"
 STEP = 0.03         # size of a task vector, as a share of the spread of the weights of each tensor
 COMMON = 0.5        # cosine between two task vectors
@@ -96,15 +97,28 @@ def machine() -> str:
             + ", ".join(f"{name} {number}" for name, number in versions.items()) + f"; load {load} at the start\n")
 
 
-def plans(residual: bool) -> dict:
-    """nnU-Net's default 3d_fullres network (31 M parameters), or its ResEnc L (102 M)."""
-    content = small_plans(residual=residual)
-    content["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(
-        n_stages=6, features_per_stage=[32, 64, 128, 256, 320, 320], kernel_sizes=[[3] * 3] * 6,
-        strides=[[1] * 3] + [[2] * 3] * 5,
-        **({"n_blocks_per_stage": [1, 3, 4, 6, 6, 6], "n_conv_per_stage_decoder": [1] * 5} if residual else
-           {"n_conv_per_stage": [2] * 6, "n_conv_per_stage_decoder": [2] * 5}))
-    return content
+def plans(residual: bool = False, features: Sequence[int] = (32, 64, 128, 256, 320, 320)) -> dict:
+    """nnU-Net's default 3d_fullres network (31 M parameters), or its ResEnc L (102 M); tiny with few features."""
+    stages = len(features)
+    blocks = {"n_blocks_per_stage": [1, 3, 4, 6, 6, 6][:stages], "n_conv_per_stage_decoder": [1] * (stages - 1)} \
+        if residual else {"n_conv_per_stage": [2] * stages, "n_conv_per_stage_decoder": [2] * (stages - 1)}
+    architecture = {
+        "n_stages": stages, "features_per_stage": list(features), "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3] * 3] * stages, "strides": [[1] * 3] + [[2] * 3] * (stages - 1), "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True}, **blocks}
+    network = "ResidualEncoderUNet" if residual else "PlainConvUNet"
+    configuration = {
+        "data_identifier": "nnUNetPlans_3d_fullres", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
+        "patch_size": [64] * 3, "spacing": [1.0] * 3, "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False], "batch_dice": False,
+        "architecture": {"network_class_name": f"dynamic_network_architectures.architectures.unet.{network}",
+                         "arch_kwargs": architecture,
+                         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"]}}
+    return {"dataset_name": "Dataset700_Speed", "plans_name": "nnUNetPlans", "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "label_manager": "LabelManager",
+            "configurations": {"3d_fullres": configuration}}
 
 
 class Seconds(NamedTuple):
@@ -160,20 +174,32 @@ def average_section(args: argparse.Namespace) -> None:
 
 def write_models(work: Path, network_plans: dict, number: int) -> tuple[list[Path], int]:
     """Model folders that differ from each other as fine-tuned siblings do, and the number of their parameters."""
-    first = write_model(work / "0", plans=network_plans)
-    content = torch.load(first / CHECKPOINT, weights_only=False)
-    unique = distinct(content["network_weights"])
-    content["optimizer_state"] = {
-        "state": {index: {"momentum_buffer": torch.zeros_like(tensor)} for index, tensor in enumerate(unique.values())},
-        "param_groups": [{"lr": 1e-4, "momentum": 0.99, "params": list(range(len(unique)))}]}
-    folders = [first]
-    for index in range(1, number):
-        folders.append(shutil.copytree(first, work / str(index), ignore=shutil.ignore_patterns("*.pth")))
+    state = random_state(network_plans)
+    unique = distinct(state)
+    content = {
+        "network_weights": state, "grad_scaler_state": None, "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": None,
+        "init_args": {"configuration": "3d_fullres", "fold": 0, "plans": network_plans, "dataset_json": DATASET},
+        "optimizer_state": {
+            "state": {i: {"momentum_buffer": torch.zeros_like(tensor)} for i, tensor in enumerate(unique.values())},
+            "param_groups": [{"lr": 1e-4, "momentum": 0.99, "params": list(range(len(unique)))}]}}
+    folders = [work / str(index) for index in range(number)]
     for folder in folders:
+        (folder / CHECKPOINT).parent.mkdir(parents=True)
+        (folder / "plans.json").write_text(json.dumps(network_plans))
+        (folder / "dataset.json").write_text(json.dumps(DATASET))
         for tensor in unique.values():
             tensor.add_(STEP * spread(tensor) * torch.randn(tensor.shape))
         torch.save(content, folder / CHECKPOINT)
     return folders, sum(tensor.numel() for tensor in unique.values())
+
+
+def random_state(network_plans: dict) -> Network:
+    torch.manual_seed(0)
+    state = build_network(network_plans, "3d_fullres", DATASET).state_dict()
+    for tensor in distinct(state).values():  # norms start as the identity and biases at zero: make every tensor count
+        tensor.add_(0.05 * torch.randn(tensor.shape))
+    return state
 
 
 def spread(tensor: torch.Tensor) -> float:
@@ -201,14 +227,14 @@ def merge(folders: Sequence[Path], output: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
     thetas = [distinct(checkpoint.read(folder / CHECKPOINT)["network_weights"]) for folder in folders]
     average = METHODS["average"]
-    merged = merge_tensors(average, average.settings({}), average.weights(None, len(thetas)), None, thetas)
+    merged = merge_tensors(average, {}, average.weights(None, len(thetas)), None, thetas).result
     checkpoint.write({"network_weights": merged}, output / CHECKPOINT)
 
 
 def merge_all(folders: Sequence[Path], output: Path, hashed: bool) -> None:
     shutil.rmtree(output, ignore_errors=True)
-    with patch("nnunet_transplant.merging.merge.file_sha256", file_sha256 if hashed else lambda path: "0" * 64):
-        write_merge(merge_folders(folders), output)
+    with patch("nnunet_transplant.merger.file_sha256", file_sha256 if hashed else lambda path: "0" * 64):
+        merge_folders(folders).save(output)
 
 
 def peak_memory(folders: Sequence[Path], output: Path) -> int:
@@ -254,7 +280,7 @@ def methods_section(args: argparse.Namespace) -> None:
     print("| method | nnunet_transplant (s) | " + "".join(f"{package} (s) | " for package in packages)
           + ("ours / fastest other | agreement |" if packages else "") + "\n|---|---|"
           + "---|" * (len(packages) + 2 * bool(packages)))
-    tiny, networks = fine_tuned(small_plans(), 4), fine_tuned(plans(residual=False), 4)
+    tiny, networks = fine_tuned(plans(features=[4, 8, 16]), 4), fine_tuned(plans(), 4)
     for row in args.rows:
         if ROWS[row][0] in METHODS:
             with torch.no_grad(), rivals.quiet():
@@ -272,9 +298,8 @@ def methods_section(args: argparse.Namespace) -> None:
 
 def fine_tuned(network_plans: dict, number: int) -> tuple[Network, list[Network]]:
     """theta_0 and `number` networks whose task vectors have something in common, as fine-tuned siblings' have."""
-    dataset = dataset_json({"background": 0, "one": 1})
-    state = random_network(network_plans, dataset, seed=0).state_dict()
-    theta_0 = {name: state[name].clone() for name in layout(network_plans, "3d_fullres", dataset).body}
+    state = random_state(network_plans)
+    theta_0 = {name: state[name].clone() for name in layout(network_plans, "3d_fullres", DATASET).body}
     generator = torch.Generator().manual_seed(0)
 
     def noise(share: float) -> Network:
@@ -288,9 +313,9 @@ def contenders(row: str, theta_0: Network, thetas: Sequence[Network]) -> dict[st
     """What merges these networks for a row of the table: ours, and each package that is there and can."""
     method = METHODS[ROWS[row][0]]
     thetas = list(thetas[:method.max_models])
-    settings, weights = method.settings(ROWS[row][1]), method.weights(None, len(thetas))
-    base = theta_0 if method.needs_base else None
-    runs = {"ours": lambda: merge_tensors(method, settings, weights, base, thetas)}
+    settings = Recipe(method.name, parameters=ROWS[row][1]).settings()[method.name]
+    weights, base = method.weights(None, len(thetas)), theta_0 if method.needs_base else None
+    runs = {"ours": lambda: merge_tensors(method, settings, weights, base, thetas).result}
     for rival in rivals.RIVALS.get(row, []):
         if rival.package in rivals.installed():
             runs[rival.package] = lambda merge=rival.merge: merge(theta_0, thetas, weight=weights[0], **settings)
