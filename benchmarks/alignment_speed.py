@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
-from nnunet_transplant.alignment.activations import activation_similarity
-from nnunet_transplant.alignment.dual import aligned, match, zipped
+from nnunet_transplant.alignment.activation_space import activation_similarity
+from nnunet_transplant.alignment.dual import match, matcher, zipper
 from nnunet_transplant.alignment.graph import exported
 from nnunet_transplant.alignment.spec import permute
 from nnunet_transplant.alignment.tracer import derive
@@ -75,10 +75,10 @@ def main() -> None:
         inference = seconds(infer)
         print(f"{count} models: activations {collecting:.1f} s, plain inference {inference:.1f} s, ratio "
               f"{collecting / inference:.2f}, {memory / 1024:.0f} MB more")
-        for name, solve, alpha, options in (("rebasin", aligned(False), 1.0, {"pearson": False, "patience": 1}),
-                                            ("mudsc_align", aligned(False), 0.5, {}),
-                                            ("mudsc_align to the mean", aligned(True), 0.5, {}),
-                                            ("mudsc_zip", zipped(0.5, 0.125), 0.5, {})):
+        for name, solve, alpha, options in (("rebasin", matcher(False), 1.0, {"pearson": False, "patience": 1}),
+                                            ("mudsc", matcher(False), 0.5, {}),
+                                            ("mudsc -to mean", matcher(True), 0.5, {}),
+                                            ("mudsc -units zip -budget 0.125", zipper(0.5, 0.125), 0.5, {})):
             start = time.perf_counter()
             found = match(spec, networks, solve, alpha, activations if alpha < 1 else None, **options)
             print(f"  {name}: {time.perf_counter() - start:.1f} s, best after {found.sweeps} sweeps", flush=True)

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal
-from nnunet_transplant.analysis.risk import open_risk, volumes_of
+from nnunet_transplant.analysis.risk import open_risk
 from nnunet_transplant.analysis.scoring import MergedNetwork, open_labelled_cases
-from nnunet_transplant.merging import Recipe
+from nnunet_transplant.data.cases import evaluation_cases
+from nnunet_transplant.merger import Merger
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor
 from nnunet_transplant.targets import name_targets
+from nnunet_transplant.volumes import volumes_of
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
@@ -45,9 +47,8 @@ def main() -> None:
     parser.add_argument("-times", type=int, default=5)
     args = parser.parse_args()
     model = open_models(args.checkpoint)[0]
-    volumes = volumes_of(args.dataset, args.fold, 2, device=args.device)
     size = model.plans["configurations"][model.configuration]["batch_size"]
-    risk = open_risk(model, volumes, size)
+    risk = open_risk(model, volumes_of(args.dataset, args.fold, 2), size, device=args.device)
     hessian = Hessian(risk, size)
     vector = torch.randn(hessian.size, device=args.device)
     optimizer = torch.optim.AdamW(risk.network.parameters(), 1e-9)
@@ -65,9 +66,10 @@ def main() -> None:
     for name, value in times.items():
         print(f"  {name}: {value:.3f} s, {value / times['training step']:.2f} times the training step")
 
-    network = MergedNetwork([[model], [model]], Recipe(), None, None, torch.device(args.device))
+    network = MergedNetwork(Merger([[model], [model]]), torch.device(args.device))
     nnunet = predictor([model], torch.device(args.device), mirroring=False, progress_bar=False)
-    cases, labelled = open_labelled_cases(args.dataset, args.fold, model, 4)
+    cases = evaluation_cases(args.dataset, args.fold, n_cases=4)
+    labelled = open_labelled_cases(cases, model)
     (targets,), _ = name_targets(["merged"], [[network.merged]], cases)
 
     def evaluate() -> None:

@@ -1,4 +1,4 @@
-"""How long methods that look at volumes take, beside plain inference on the same volumes.
+"""How long merging methods that look at volumes take, beside plain inference on the same volumes.
 
     python benchmarks/volumes_speed.py -m TASK_A TASK_B -f 0 -d DATASET [-cases val:0] [-n_cases 4] [-device cpu]
 
@@ -10,17 +10,20 @@ Markdown.
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nnunet_transplant.environment import use_our_trainers
-from nnunet_transplant.heads import join, join_head, merged_dataset_json
-from nnunet_transplant.merging import METHODS, Volumes
-from nnunet_transplant.merging.calibration import Calibration, open_calibration, preprocessed
-from nnunet_transplant.merging.vectors import TaskVectors
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.heads import join
+from nnunet_transplant.methods import METHODS
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor, torch_device
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.vectors import TaskVectors
+from nnunet_transplant.volumes import Volumes, open_patches, preprocessed
 
 STEPS = 20  # of gradient descent, from which the time of the default number is computed
 
@@ -38,36 +41,38 @@ def main() -> None:
     device = torch_device(args.device)
     models = [open_models(path, [args.f])[0] for path in args.m]
     weights = [1 / len(models)] * len(models)
-    joined = join(models, weights)
     tensors = [model.tensors() for model in models]
-    heads = {name: join_head([theta[name] for theta in tensors], weights, joined) for name in models[0].layout.heads}
-    volumes = Volumes([args.d], args.n_cases, args.cases, args.device)
-    calibration = open_calibration(volumes, models, merged_dataset_json(models[0], joined), heads, models[0].trainer)
+    volumes = Volumes([args.d], args.n_cases, args.cases)
+    experts = Experts(models, tensors, join(models, weights), models[0].trainer, open_patches(volumes, models[0]),
+                      device)
     body = [{name: theta[name] for name in models[0].layout.body} for theta in tensors]
     vectors = TaskVectors(models[0].theta_0(), body, weights)
 
     nnunet = predictor([models[0]], device, progress_bar=False)
     images = [torch.from_numpy(data) for data, _, _ in preprocessed(volumes, models[0])]
     plain = seconds(lambda: [nnunet.predict_logits_from_preprocessed_data(image) for image in images])
-    size = "x".join(map(str, calibration.patches[0].image.shape[1:]))
-    print(f"{args.n_cases} volumes, {len(calibration.patches)} patches of {size}, {len(models)} models, "
+    size = "x".join(map(str, experts.patches[0].image.shape[1:]))
+    print(f"{args.n_cases} volumes, {len(experts.patches)} patches of {size}, {len(models)} models, "
           f"{torch.get_num_threads()} threads, {device}\n")
     print("| | seconds | x plain inference |\n| --- | --- | --- |")
     print(f"| plain inference, one model | {plain:.1f} | 1.0 |")
     for method in METHODS.values():
-        if method.needs_data:
-            took = of_method(method.name, vectors, calibration)
+        if method.looks:
+            took = of_method(method.name, vectors, experts)
             print(f"| `{method.name}` | {took:.1f} | {took / plain:.1f} |", flush=True)
 
 
-def of_method(name: str, vectors: TaskVectors, calibration: Calibration) -> float:
+def of_method(name: str, vectors: TaskVectors, experts: Experts) -> float:
     """Seconds with the default parameters; gradient descent is timed over few steps and scaled to their default."""
     method = METHODS[name]
-    settings = method.settings({})
+    settings = Recipe(name).settings()[name]
+
+    def took(**more: int) -> float:
+        anew = replace(experts)  # without what an earlier run has kept
+        return seconds(lambda: method.call(settings | more, vectors=vectors, experts=anew))
     if "iterations" not in settings:
-        return seconds(lambda: method.prepare(vectors, calibration, **settings))
-    start, more = (seconds(lambda steps=steps: method.prepare(vectors, calibration, **settings | {"iterations": steps}))
-                   for steps in (1, 1 + STEPS))
+        return took()
+    start, more = (took(iterations=steps) for steps in (1, 1 + STEPS))
     return start + (more - start) / STEPS * (settings["iterations"] - 1)
 
 
