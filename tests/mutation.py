@@ -1,7 +1,7 @@
 """Seeded damage, by accident and by intent, to every file that a model folder is read from.
 
 A `Mutation` makes the bytes of one file from a random generator, the same for the same seed. What an attacker would
-write in a file creates RAN_CODE in the current folder where it gets its way. benchmarks/fuzz.py opens what comes out.
+write in a file creates RAN_CODE in the current folder where it gets its way. fuzz.py opens what comes out.
 """
 import builtins
 import collections

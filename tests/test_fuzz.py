@@ -1,4 +1,4 @@
-"""What damaged and hostile files come to: the model or one clear error, and nothing else (benchmarks/fuzz.py)."""
+"""What damaged and hostile files come to: the model or one clear error, and nothing else (fuzz.py)."""
 import json
 import os
 import subprocess
@@ -20,7 +20,7 @@ from nnunet_transplant.merged_model import write_merge
 from nnunet_transplant.merger import merge_folders
 from nnunet_transplant.model_folder import open_models
 
-FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
+FUZZ = Path(__file__).with_name("fuzz.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -29,7 +29,7 @@ def test_mutated_files_are_opened_or_refused() -> None:
                           env=os.environ | ONE_THREAD)
     assert done.stdout, done.stderr[-3000:]
     result = json.loads(done.stdout)
-    failures = [f"python benchmarks/fuzz.py --reader {reader} --seed {seed} --files 1\n{reason}"
+    failures = [f"python tests/fuzz.py --reader {reader} --seed {seed} --files 1\n{reason}"
                 for one in result["readers"].values() for reader, seed, reason in one["failures"]]
     assert not failures, f"{len(failures)} failures\n\n" + "\n\n".join(failures[:5])
     assert done.returncode == 0

@@ -1,6 +1,6 @@
 """Opens damaged and hostile model folders by the thousand, and says what came of it.
 
-    python benchmarks/fuzz.py [--files 20000] [--seed 0] [--reader plans.json] [--json]
+    python tests/fuzz.py [--files 20000] [--seed 0] [--reader plans.json] [--json]
 
 Every file that a model folder is read from is mutated (tests/mutation.py), opened, and some of them merged with a sound
 model. What may come out is what a user can act on: the model, TransplantError, OSError. Failures are any other
@@ -28,8 +28,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 from mutation import MUTATIONS, RAN_CODE, write_originals
@@ -266,7 +264,7 @@ def main() -> None:
             print(f"| {reader} | {words} | {one['slowest'][0]:.1f} ({one['slowest'][1]}) | {one['peak'] / 1e6:.0f} |")
         print(f"\n{time.monotonic() - start:.0f} s")
         for reader, seed, reason in failures:
-            print(f"\npython benchmarks/fuzz.py --reader {reader} --seed {seed} --files 1\n{reason}")
+            print(f"\npython tests/fuzz.py --reader {reader} --seed {seed} --files 1\n{reason}")
     sys.exit(1 if failures else 0)
 
 
