@@ -3,7 +3,7 @@ no files."""
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,12 @@ class LabelledCase:
     reference: torch.Tensor  # (x, y, z), int16: the dataset's own label values, resampled as nnU-Net does for training
 
 
-def open_labelled_cases(cases: Cases, model: TrainedModel,
-                        progress: bool = False) -> list[LabelledCase]:
-    """Cases that have label maps, preprocessed by the model's plans.
+def open_labelled_cases(cases: Cases, model: TrainedModel, progress: bool = False) -> list[LabelledCase]:
+    """Cases that have label maps, sorted by name, preprocessed by the model's plans.
 
     Raises TransplantError for channels that do not fit, second stages of a cascade, and files that nnU-Net cannot read.
     """
+    cases = replace(cases, files=dict(sorted(cases.files.items())))
     bar = tqdm(preprocess([cases], model), desc="reading cases", unit="case", delay=3, disable=not progress,
                total=len(cases.files))
     return [LabelledCase(name, torch.from_numpy(image), torch.from_numpy(values.astype(np.int16).clip(min=0)))

@@ -1,5 +1,6 @@
 """Fisher information and Hessian against their definitions, on networks small enough to write them down."""
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from factory import small_plans, write_model, write_volumes
 
 from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal, hessian_trace, quadratic, top_eigenvalues
 from nnunet_transplant.analysis.risk import Risk, open_risk
-from nnunet_transplant.merging import Volumes
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.volumes import Volumes
 
 LABELS = {"background": 0, "A": 1, "B": 2}
 KINDS = {"plain": {}, "residual": {"residual": True}, "2d": {"dim": 2}}
@@ -30,21 +31,8 @@ def risk(request: pytest.FixtureRequest, tmp_path: Path, nnunet_folders: None) -
         for parameter in found.network.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return Risk(in_float64(found), found.network.double())
-
-
-def in_float64(risk: Risk) -> object:
-    class Calibration:
-        patches = risk.calibration.patches
-        progress = False
-        targets, bar = risk.calibration.targets, risk.calibration.bar
-        dataset_json, models = risk.calibration.dataset_json, risk.calibration.models
-        configuration = risk.calibration.configuration
-
-        @staticmethod
-        def images(patches: list) -> torch.Tensor:
-            return risk.calibration.images(patches).double()
-    return Calibration
+    patches = [replace(patch, image=patch.image.double()) for patch in found.patches]
+    return replace(found, network=found.network.double(), patches=patches)
 
 
 def gradient(risk: Risk, patches: list) -> torch.Tensor:

@@ -12,9 +12,9 @@ from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal, top_e
 from nnunet_transplant.analysis.flatness import flatness, table
 from nnunet_transplant.analysis.risk import open_risk
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.extract import extract
-from nnunet_transplant.merging import Volumes
+from nnunet_transplant.extraction import extract
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.volumes import Volumes
 
 LABELS = {"background": 0, "A": 1, "B": 2}
 PLANS = small_plans(dim=2, patch=8)
@@ -33,8 +33,8 @@ def models(tmp_path: Path, nnunet_folders: None) -> dict[str, Path]:
 
 def test_what_is_written_is_what_was_measured(tmp_path: Path, models: dict[str, Path]) -> None:
     volumes = Volumes([501], 2)
-    result = flatness([models["base"], models["other"]], volumes, output=tmp_path / "out", patches=2, eigenvalues=2,
-                      probes=3, tasks=[models["A"], models["B"]])
+    result = flatness([models["base"], models["other"]], 501, "all", output=tmp_path / "out", n_patches=2,
+                      n_eigenvalues=2, n_probes=3, tasks=[models["A"], models["B"]], device="cpu")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["flatness.json", "flatness.png", "table.txt"]
     assert json.loads((tmp_path / "out" / "flatness.json").read_text()) == result
     assert (tmp_path / "out" / "table.txt").read_text() == table(result) + "\n"
@@ -62,10 +62,10 @@ def test_what_is_written_is_what_was_measured(tmp_path: Path, models: dict[str, 
 
 def test_a_model_twice_measures_the_same_whatever_the_batch(tmp_path: Path, models: dict[str, Path]) -> None:
     """The order of the models, and how many patches are differentiated at once, change nothing."""
-    options = {"patches": 3, "eigenvalues": 1, "probes": 1}
-    one = flatness([models["base"], models["other"]], Volumes([501], 3), output=tmp_path / "one", batch_size=1,
+    options = {"n_patches": 3, "n_eigenvalues": 1, "n_probes": 1, "device": "cpu"}
+    one = flatness([models["base"], models["other"]], 501, "all", output=tmp_path / "one", batch_size=1,
                    **options)["models"]
-    two = flatness([models["other"], models["base"]], Volumes([501], 3), output=tmp_path / "two", batch_size=3,
+    two = flatness([models["other"], models["base"]], 501, "all", output=tmp_path / "two", batch_size=3,
                    **options)["models"]
     for name, found in one.items():
         assert found["fisher_trace"] == two[name]["fisher_trace"]
@@ -80,16 +80,15 @@ def test_task_vector_files_and_models_that_record_no_base(tmp_path: Path, models
     extract(models["A"], file)
     stock = write_model(tmp_path / "stock", {"background": 0, "A": 1}, plans=PLANS, base=base_network(LABELS, PLANS),
                         record_base=False)
-    options = {"patches": 1, "eigenvalues": 1, "probes": 0}
-    found = flatness([models["base"]], Volumes([501], 1), output=tmp_path / "out", tasks=[models["A"], file, stock],
-                     **options)
+    options = {"dataset": 501, "fold": "all", "n_patches": 1, "n_eigenvalues": 1, "n_probes": 0, "device": "cpu"}
+    found = flatness([models["base"]], output=tmp_path / "out", tasks=[models["A"], file, stock], **options)
     norms = [task["norm"] for task in found["tasks"].values()]
     assert len(norms) == 3 and norms[0] == pytest.approx(norms[1]) == pytest.approx(norms[2])
     assert "hessian_trace" not in found["models"]["base__fold_0"]
     with pytest.raises(TransplantError, match="does not record its base: give that one alone"):
-        flatness([models["base"], models["other"]], Volumes([501], 1), output=tmp_path / "no", tasks=[stock], **options)
+        flatness([models["base"], models["other"]], output=tmp_path / "no", tasks=[stock], **options)
     with pytest.raises(TransplantError, match="was not fine-tuned from any of the models"):
-        flatness([models["other"]], Volumes([501], 1), output=tmp_path / "no", tasks=[models["A"]], **options)
+        flatness([models["other"]], output=tmp_path / "no", tasks=[models["A"]], **options)
     assert not (tmp_path / "no").exists()
 
 

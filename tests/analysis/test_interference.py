@@ -10,14 +10,14 @@ import pytest
 import torch
 from factory import base_network, small_plans, write_model
 
+from nnunet_transplant import vectors as blocks_of
 from nnunet_transplant.analysis import interference as module
 from nnunet_transplant.analysis.interference import WHOLE, Interference, interference, measure, save_figure, table
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.extract import extract
+from nnunet_transplant.extraction import extract
 from nnunet_transplant.files import file_sha256
-from nnunet_transplant.merging import vectors as blocks_of
-from nnunet_transplant.merging.vectors import TaskVectors, kept
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.vectors import TaskVectors, kept
 
 Network = dict[str, torch.Tensor]
 

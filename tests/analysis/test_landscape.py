@@ -22,13 +22,14 @@ from nnunet_transplant.analysis.landscape import (
 )
 from nnunet_transplant.analysis.risk import open_risk
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import Volumes, merge_folders
-from nnunet_transplant.merging.merge import write_merge
+from nnunet_transplant.merged_model import write_merge
+from nnunet_transplant.merger import merge_folders
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.volumes import Volumes
 
 LABELS = {"background": 0, "A": 1, "B": 2}
 PLANS = small_plans(dim=2, patch=8)
-SMALL = {"patches": 2, "points": 3, "line_points": 3}
+SMALL = {"n_patches": 2, "points": 3, "line_points": 3, "device": "cpu"}
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_the_loss_of_a_mixture_is_that_of_the_merged_network(tmp_path: Path, mod
     for mixture, path in (((1, 0), models["fold1"]), ((0, 1), models["fold2"]), ((0.5, 0.5), tmp_path / "merged")):
         own = open_risk(open_models(path)[0], Volumes([501], 2), 2)
         with torch.no_grad():
-            assert losses.at(mixture)["loss"] == pytest.approx(float(own.loss(own.patches)), rel=1e-5)
+            assert losses.at(np.array(mixture))["loss"] == pytest.approx(float(own.loss(own.patches)), rel=1e-5)
 
 
 def test_the_grid_goes_from_coarse_to_fine_around_the_models() -> None:
@@ -120,7 +121,7 @@ def test_barriers_are_above_the_straight_line() -> None:
 
 
 def test_tasks_keep_their_own_heads_and_losses(tmp_path: Path, models: dict[str, Path]) -> None:
-    result = landscape([models["A"], models["B"]], Volumes([501], 2), output=tmp_path / "out", also=[models["base"]],
+    result = landscape([models["A"], models["B"]], 501, "all", output=tmp_path / "out", also=[models["base"]],
                        **SMALL)
     assert result["setup"]["tasks"] == ["A", "B"] and list(result["plane"]["models"]) == [
         "A__fold_0", "B__fold_0", "base__fold_0"]
@@ -138,7 +139,7 @@ def test_tasks_keep_their_own_heads_and_losses(tmp_path: Path, models: dict[str,
 
 def test_an_interrupted_run_goes_on_and_another_is_refused(tmp_path: Path, models: dict[str, Path],
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    paths, volumes, output = [models["fold1"], models["fold2"]], Volumes([501], 1), tmp_path / "out"
+    paths, output = [models["fold1"], models["fold2"]], tmp_path / "out"
     calls = []
     measure_one = Losses.at
 
@@ -148,22 +149,22 @@ def test_an_interrupted_run_goes_on_and_another_is_refused(tmp_path: Path, model
             raise KeyboardInterrupt
         return measure_one(self, mixture)
     monkeypatch.setattr(module.Losses, "at", counted)
-    options = {"patches": 1, "points": 0, "line_points": 5}
+    options = {"dataset": 501, "fold": "all", "n_patches": 1, "points": 0, "line_points": 5, "device": "cpu"}
     with pytest.raises(KeyboardInterrupt):
-        landscape(paths, volumes, output=output, **options)
+        landscape(paths, output=output, **options)
     (output / "landscape.csv").write_text((output / "landscape.csv").read_text() + "0-1,0.5")  # killed within a line
-    result = landscape(paths, volumes, output=output, **options)
+    result = landscape(paths, output=output, **options)
     assert len(calls) == 3 + 3 and result["plane"] is None
-    assert landscape(paths, volumes, output=output, **options) == result and len(calls) == 6  # all is there
-    whole = landscape(paths, volumes, output=tmp_path / "whole", **options)
+    assert landscape(paths, output=output, **options) == result and len(calls) == 6  # all is there
+    whole = landscape(paths, output=tmp_path / "whole", **options)
     assert whole["barriers"] == result["barriers"]
     with pytest.raises(TransplantError, match="a landscape of other models or settings"):
-        landscape(paths, volumes, output=output, **options | {"seed": 1})
-    again = landscape(paths, volumes, output=output, overwrite=True, **options | {"seed": 1})
+        landscape(paths, output=output, **options | {"seed": 1})
+    again = landscape(paths, output=output, overwrite=True, **options | {"seed": 1})
     assert again["setup"]["seed"] == 1 and len(list(csv.reader((output / "landscape.csv").open()))) == 6
     assert json.loads((output / "landscape.json").read_text()) == again
     with pytest.raises(TransplantError, match="is no landscape"):
-        landscape(paths, volumes, output=models["base"], overwrite=True, **options)
+        landscape(paths, output=models["base"], overwrite=True, **options)
 
 
 def test_the_command(tmp_path: Path, models: dict[str, Path]) -> None:

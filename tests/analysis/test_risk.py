@@ -11,8 +11,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_transplant.analysis.risk import Risk, draw, open_risk
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import Volumes
 from nnunet_transplant.model_folder import TrainedModel, open_models
+from nnunet_transplant.volumes import Volumes, images_of, targets_of
 
 LABELS = {"background": 0, "A": 1, "B": 2}
 
@@ -29,17 +29,17 @@ def model(folder: Path, labels: dict | None = None, **plans: object) -> TrainedM
 
 def trainers_loss(risk: Risk) -> float:
     """The mean over patches of what nnU-Net's own trainer says, with its own deep supervision."""
-    opened = risk.calibration.models[0]
+    opened = risk.model
     plans = copy.deepcopy(opened.plans) | {"continue_training": False}
     trainer = nnUNetTrainer(plans, opened.configuration, 0, opened.dataset_json, torch.device("cpu"))
     loss = trainer._build_loss()
     scales = DownsampleSegForDSTransform(trainer._get_deep_supervision_scales())
     total = []
     for patch in risk.patches:
-        target = risk.calibration.targets([patch])
+        target = targets_of([patch], opened.plans, opened.dataset_json, risk.device)
         parts = [part[None] for part in scales.apply({"segmentation": target})["segmentation"]]
         with torch.no_grad():
-            total.append(float(loss(risk.network(risk.calibration.images([patch])), parts)))
+            total.append(float(loss(risk.network(images_of([patch], risk.device)), parts)))
     return float(np.mean(total))
 
 
@@ -54,6 +54,7 @@ def test_the_loss_is_that_of_nnunets_trainer(tmp_path: Path, dim: int) -> None:
         together = float(risk.loss(risk.patches))
     assert float(np.mean(each)) == pytest.approx(trainers_loss(risk), rel=1e-5)
     assert together == pytest.approx(float(np.mean(each)), rel=1e-5)  # batches change nothing
+    assert risk.mean() == pytest.approx(float(np.mean(each)), rel=1e-5)
     assert np.std(each) > 0
 
 

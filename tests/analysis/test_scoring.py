@@ -14,10 +14,12 @@ from nnunet_transplant.analysis.scoring import MergedNetwork, dice, open_labelle
 from nnunet_transplant.data.cases import evaluation_cases
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import score
-from nnunet_transplant.merging import Recipe, Volumes, merge_models
+from nnunet_transplant.merger import Merger
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor
+from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.targets import Target, name_targets
+from nnunet_transplant.volumes import Volumes
 
 DATASET = "Dataset700_Small"
 LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
@@ -61,11 +63,11 @@ def test_weights_in_memory_are_those_of_the_merge(tmp_path: Path, method: str, l
     groups = tasks(tmp_path, *SETS[labels], **orders)
     write_model(tmp_path / "task_0", SETS[labels][0], seed=7, fold="1", plans=plans(), base=base_network(), **orders)
     groups[0] = open_models(tmp_path / "task_0")
-    network = MergedNetwork(groups, Recipe(method), None, None, CPU)
+    network = MergedNetwork(Merger(groups, Recipe(method)), CPU)
     free = method in ("task_arithmetic", "dare")
     for weights in ([1.3, 0.4], [0.0, 2.0], [0.0, 0.0]) if free else ([0.3, 0.7], [1.0, 0.0]):
         network.set(weights)
-        expected = merge_models(groups, Recipe(method, weights)).weights
+        expected = Merger(groups, Recipe(method, weights)).merge().state_dict
         found = network.predictor.network.state_dict()
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -80,9 +82,10 @@ def test_weights_in_memory_with_a_base_that_is_given(tmp_path: Path) -> None:
     theta_0 = {name: tensor.clone() for name, tensor in base_network().state_dict().items()
                if name in groups[0][0].layout.body}
     for method, parameters in (("task_arithmetic", {}), ("ties", {"density": 0.4})):
-        network = MergedNetwork(groups, Recipe(method), theta_0, Path("base"), CPU)
+        network = MergedNetwork(Merger(groups, Recipe(method), theta_0, Path("base")), CPU)
         network.set([0.2, 0.9], parameters)
-        expected = merge_models(groups, Recipe(method, [0.2, 0.9], parameters), theta_0, Path("base")).weights
+        recipe = Recipe(method, [0.2, 0.9], parameters)
+        expected = Merger(groups, recipe, theta_0, Path("base")).merge().state_dict
         for name, tensor in network.predictor.network.state_dict().items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
 
@@ -93,14 +96,14 @@ def test_heads_in_memory_are_fitted_as_by_the_merge(dataset: Path, tmp_path: Pat
     """Anew for each merge; what the ensemble says does not change with the weights."""
     groups = tasks(tmp_path, *SETS[labels], **({"order": [1, 2]} if labels == "regions" else {}))
     volumes = Volumes([DATASET], n_cases=2, cases="train:0")
-    network = MergedNetwork(groups, Recipe(method, volumes=volumes, fit_head=True), None, None, CPU)
+    network = MergedNetwork(Merger(groups, Recipe(method, fit=["head"], volumes=volumes)), CPU)
     for weights in ([0.3, 0.7], [1.0, 0.0]):
         network.set(weights)
-        fitted, plain = (merge_models(groups, Recipe(method, weights, volumes=volumes if fit else None, fit_head=fit))
-                         .weights for fit in (True, False))
+        fitted, plain = (Merger(groups, Recipe(method, weights, **options)).merge().state_dict
+                         for options in ({"fit": ["head"], "volumes": volumes}, {}))
         for name, tensor in network.predictor.network.state_dict().items():
             torch.testing.assert_close(tensor, fitted[name], rtol=1e-3, atol=1e-3)  # an optimiser's end
-        assert any((fitted[name] - plain[name]).abs().max() > 0.01 for name in network.layout.heads)
+        assert any((fitted[name] - plain[name]).abs().max() > 0.01 for name in groups[0][0].layout.heads)
 
 
 @pytest.mark.parametrize("ignore", [None, 4])
@@ -128,14 +131,15 @@ def test_scores_are_those_of_nnunets_logits(dataset: Path, tmp_path: Path, label
         content = json.loads((dataset / "dataset.json").read_text())
         (dataset / "dataset.json").write_text(json.dumps(content | {"labels": REGIONS, "regions_class_order": [1, 2]}))
     groups = tasks(tmp_path, *SETS[labels], **orders)
-    network = MergedNetwork(groups, Recipe("task_arithmetic"), None, None, CPU)
-    cases, labelled = open_labelled_cases(DATASET, 0, groups[0][0])
+    network = MergedNetwork(Merger(groups, Recipe("task_arithmetic")), CPU)
+    cases = evaluation_cases(DATASET, 0)
+    labelled = open_labelled_cases(cases, groups[0][0])
     assert [case.name for case in labelled] == ["case_0", "case_1", "case_2"]
     (targets,), _ = name_targets(["merged"], [[network.merged]], cases)
     network.set([0.8, 1.2])
     found = network.dice(labelled, targets)
     assert list(found) == ["one", "two", "three"] if labels == "tasks" else ["all", "two"]
-    nnunet = predictor(merge_models(groups, Recipe("task_arithmetic", [0.8, 1.2])), CPU, mirroring=False)
+    nnunet = predictor(Merger(groups, Recipe("task_arithmetic", [0.8, 1.2])).merge(), CPU, mirroring=False)
     assert type(nnunet) is nnUNetPredictor and not network.predictor.use_mirroring
     for index, case in enumerate(labelled):
         logits = nnunet.predict_logits_from_preprocessed_data(case.image)
@@ -149,10 +153,10 @@ def test_scores_are_those_of_nnunets_logits(dataset: Path, tmp_path: Path, label
 
 def test_overflowing_logits_are_refused(dataset: Path, tmp_path: Path) -> None:
     groups = tasks(tmp_path, *SETS["tasks"])
-    network = MergedNetwork(groups, Recipe("task_arithmetic"), None, None, CPU)
-    _, (case, *_) = open_labelled_cases(DATASET, 0, groups[0][0], n_cases=1)
+    network = MergedNetwork(Merger(groups, Recipe("task_arithmetic")), CPU)
+    (case,) = open_labelled_cases(evaluation_cases(DATASET, 0, n_cases=1), groups[0][0])
     for value, message in ((1e6, "half precision"), (float("nan"), "no numbers")):
-        for name in network.layout.heads:
+        for name in groups[0][0].layout.heads:
             network.tensors[name].fill_(value)
         with pytest.raises(TransplantError, match=message):
             network.labels(case.image)
@@ -163,7 +167,8 @@ def test_overflowing_logits_are_refused(dataset: Path, tmp_path: Path) -> None:
 def test_cases_are_preprocessed_with_their_labels(dataset: Path, tmp_path: Path) -> None:
     """At the plans' spacing; spread over the sorted names; with fold all every case."""
     groups = tasks(tmp_path, {"background": 0, "one": 1})
-    cases, labelled = open_labelled_cases(DATASET, "all", groups[0][0], n_cases=2)
+    cases = evaluation_cases(DATASET, "all", n_cases=2)
+    labelled = open_labelled_cases(cases, groups[0][0])
     assert [case.name for case in labelled] == list(cases.files) == ["case_0", "case_2"]
     for case in labelled:
         assert case.image.shape == (1, 16, 18, 20) and case.image.dtype == torch.float32
@@ -176,7 +181,7 @@ def test_a_damaged_image_is_one_line(dataset: Path, tmp_path: Path) -> None:
     path.write_bytes(b"no image")
     groups = tasks(tmp_path, {"background": 0, "one": 1})
     with pytest.raises(TransplantError, match=f"SimpleITKIO cannot read {path}") as caught:
-        open_labelled_cases(DATASET, 0, groups[0][0])
+        open_labelled_cases(evaluation_cases(DATASET, 0), groups[0][0])
     assert "\n" not in str(caught.value)
 
 
@@ -187,5 +192,5 @@ def test_an_image_that_cannot_be_preprocessed_is_one_line(dataset: Path, tmp_pat
     monkeypatch.setattr(DefaultPreprocessor, "run_case", fail)
     groups = tasks(tmp_path, {"background": 0, "one": 1})
     with pytest.raises(TransplantError, match=f"preprocess case case_0 of {DATASET} .RuntimeError: one two"):
-        open_labelled_cases(DATASET, 0, groups[0][0])
+        open_labelled_cases(evaluation_cases(DATASET, 0), groups[0][0])
     assert evaluation_cases(DATASET, 0)
