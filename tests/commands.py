@@ -35,7 +35,8 @@ def _server() -> ForkServerContext:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([
         "nnunetv2.run.run_training", "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
-        *(f"nnunet_transplant.cli.{name}" for name in ("split_tasks", "merge", "predict", "evaluate", "sweep")),
+        *(f"nnunet_transplant.cli.{name}" for name in ("split_tasks", "merge", "predict", "evaluate", "sweep",
+                                                       "flatness", "landscape", "interference", "report")),
         *(module.name for module in pkgutil.walk_packages(trainers.__path__, f"{trainers.__name__}."))])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(os.sep)  # it imports from where it starts: here the checkout's sources before the installed package

@@ -8,16 +8,18 @@ from pathlib import Path
 import optuna
 import pytest
 
-from nnunet_transplant.analysis.search import Space, finished, grid_points, mean_dice, open_space, open_study, search
+from nnunet_transplant.alignment import ALIGNERS
+from nnunet_transplant.analysis.search import Space, finished, grid_points, open_space, open_study, search, trial_dice
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import METHODS
+from nnunet_transplant.methods import METHODS
+from nnunet_transplant.recipe import Recipe
 
 STRUCTURES = ["a", "b"]
 
 
 def space_of(method: str = "task_arithmetic", models: int = 2, weight_range: tuple | None = None,
-             searched: Mapping | None = None, **given: object) -> Space:
-    return open_space(METHODS[method], METHODS[method].settings(given), models, weight_range, searched)
+             searched: Mapping | None = None, align: str | None = None, **given: object) -> Space:
+    return open_space(Recipe(method, parameters=given, align=align), models, weight_range, searched)
 
 
 def bowl(weights: list[float], parameters: dict) -> dict[str, float]:
@@ -89,10 +91,10 @@ def test_a_sampler_finds_the_optimum(study: optuna.Study, sampler: str, trials: 
     space = space_of()
     search(study, space, bowl, STRUCTURES, trials=trials, sampler=sampler)
     done = finished(study)
-    best = max(done, key=mean_dice)
+    best = max(done, key=trial_dice)
     assert len(done) == trials
     assert done[0].params == {"w_1": 0.5, "w_2": 0.5} == space.default
-    assert mean_dice(best) == pytest.approx(1 - 0.01, abs=0.02)
+    assert trial_dice(best) == pytest.approx(1 - 0.01, abs=0.02)
     assert best.params == pytest.approx({"w_1": 1.4, "w_2": 0.3}, abs=0.2)
 
 
@@ -157,7 +159,7 @@ def test_each_structure_as_an_objective(tmp_path: Path) -> None:
     for trial in front:
         assert not any(all(o >= t for o, t in zip(other.values, trial.values, strict=True)) and
                        other.values != trial.values for other in finished(study))
-    near = [trial for trial in front if mean_dice(trial) > 0.95]
+    near = [trial for trial in front if trial_dice(trial) > 0.95]
     assert near and all(1.1 < trial.params["w_1"] < 1.7 for trial in near)
 
 
@@ -227,22 +229,42 @@ def test_a_storage_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Mon
 # Spaces
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_point_of_a_space_is_one_that_the_method_takes(tmp_path: Path, method: str) -> None:
+def test_every_point_of_a_space_is_one_that_the_method_takes(method: str) -> None:
     """Weights and parameters at the ends and in the middle, for as many models as it merges."""
     models = min(3, METHODS[method].max_models or 3)
-    parameters = [p for p in METHODS[method].parameters if not p.choices and p.name != "seed"]
-    searched = {p.name: (p.low, min(p.high, max(10, p.default))) for p in parameters}
-    space = space_of(method, models, searched=searched)
-    assert (space.weights(space.default) is None) == (METHODS[method].weights_rule.text == "none")
-    for share in (0.0, 0.3, 1.0):
-        point = {name: type(space.default[name])(each.low + share * (each.high - each.low))
-                 for name, each in space.ranges.items()}
-        METHODS[method].then({}).weights(space.weights(point), models)
-        METHODS[method].settings(space.parameters(point))
-    plain = METHODS["average"] if method == "task_arithmetic" else METHODS[method].then({})
-    if space.models:
-        assert space.weights(space.default) == pytest.approx(plain.weights(None, models))
+    space = space_with_everything(Recipe(method), models)
+    for point in points_in(space):
+        METHODS[method].weights(space.weights(point), models)
+    plain = METHODS["average" if method == "task_arithmetic" else method]
+    assert space.weights(space.default) == pytest.approx(plain.weights(None, models))
+
+
+@pytest.mark.parametrize("align", ALIGNERS)
+@pytest.mark.parametrize("units", ["match", "zip"])
+def test_every_point_of_a_space_is_one_that_the_aligner_takes(align: str, units: str) -> None:
+    """A zip has no weights to search."""
+    space = space_with_everything(Recipe(align=align, parameters={"units": units}), 3)
+    assert (space.weights(space.default) is None) == (units == "zip")
+    for point in points_in(space):
+        weights = space.weights(point)
+        assert (weights is None) == (units == "zip")
+        METHODS["average"].weights(weights, 3)
+
+
+def space_with_everything(recipe: Recipe, models: int) -> Space:
+    """The space of a recipe with every number of its steps; its points are what the recipe takes."""
+    parameters = [p for step in recipe.steps for p in step.parameters if not p.choices and p.name != "seed"]
+    space = open_space(recipe, models, searched={
+        p.name: (p.range.low, min(p.range.high, max(10, p.default))) for p in parameters})
     assert space.parameters(space.default) == {p.name: p.default for p in parameters}
+    for point in points_in(space):
+        recipe.given(space.parameters(point)).settings()
+    return space
+
+
+def points_in(space: Space) -> list[dict]:
+    return [{name: type(space.default[name])(each.low + share * (each.high - each.low))
+             for name, each in space.ranges.items()} for share in (0.0, 0.3, 1.0)]
 
 
 BAD = {
@@ -250,11 +272,16 @@ BAD = {
     "no number": ({"weight_range": (0, float("nan"))}, "-range must be two numbers"),
     "negative": ({"weight_range": (-1, 2)}, "-range must not be negative"),
     "without the default": ({"weight_range": (1, 2)}, "-range from 1 to 2 leaves out the default, 0.5"),
-    "shares": ({"method": "karcher", "weight_range": (0, 2)}, "are shares of 1: leave out -range"),
-    "no weights": ({"method": "weight_zip", "weight_range": (0, 2)}, "takes no weights: leave out -range"),
-    "nothing to search": ({"method": "weight_zip"}, "takes no weights: give -search"),
-    "unknown": ({"searched": {"density": (0, 1)}}, "-search density: method task_arithmetic has no such number"),
-    "no number to search": ({"method": "ties", "searched": {"trim": (0, 1)}}, "-search trim: method ties has no such"),
+    "shares": ({"method": "karcher", "weight_range": (0, 2)}, "of method karcher sum to 1: leave out -range"),
+    "no weights": ({"method": "average", "align": "rebasin", "units": "zip", "weight_range": (0, 2)},
+                   "a zip takes no weights: leave out -range"),
+    "nothing to search": ({"method": "average", "align": "rebasin", "units": "zip"},
+                          "a zip takes no weights: give -search"),
+    "unknown": ({"searched": {"density": (0, 1)}}, "-search density: this merge has no such number"),
+    "misspelt": ({"method": "ties", "searched": {"densty": (0, 1)}},
+                 "-search densty: this merge has no such number .did you mean density.. .it has: density, lambda."),
+    "of another step": ({"method": "ties", "searched": {"dare.density": (0, 1)}}, "-search dare.density: this merge"),
+    "no number to search": ({"method": "ties", "searched": {"trim": (0, 1)}}, "-search trim: this merge has no such"),
     "beyond": ({"method": "ties", "searched": {"density": (0.1, 2)}}, "-density must lie between"),
     "parameter reversed": ({"method": "ties", "searched": {"density": (0.8, 0.1)}}, "-search density must be two"),
     "parameter without the default": ({"method": "ties", "searched": {"density": (0.5, 0.8)}},
@@ -275,3 +302,10 @@ def test_a_parameter_that_is_given_is_where_its_search_starts() -> None:
     assert space.default == {"w_1": 0.5, "w_2": 0.5, "density": 0.5, "lambda": 1.0}
     assert space.parameters({"w_1": 1, "w_2": 3, "density": 0.4, "lambda": 2}) == {"density": 0.4, "lambda": 2}
     assert space.weights({"w_1": 1, "w_2": 3, "density": 0.4, "lambda": 2}) == [0.25, 0.75]
+
+
+def test_the_option_of_one_step_alone() -> None:
+    space = space_of("ties", searched={"ties.density": (0.3, 0.8)}, **{"ties.density": 0.5})
+    assert space.default["ties.density"] == 0.5 and space.parameters(space.default) == {"ties.density": 0.5}
+    recipe = Recipe("ties", parameters={"density": 0.4}).given(space.parameters(space.default))
+    assert recipe.settings()["ties"]["density"] == 0.5
