@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -88,8 +89,9 @@ def changes_network(trainer: type[nnUNetTrainer]) -> bool:
     return trainer.build_network_architecture is not nnUNetTrainer.build_network_architecture
 
 
-def build_network(plans: dict, configuration: str, dataset_json: dict, trainer: type[nnUNetTrainer] = nnUNetTrainer,
-                  num_heads: int | None = None, deep_supervision: bool = True) -> nn.Module:
+def build_network(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any],
+                  trainer: type[nnUNetTrainer] = nnUNetTrainer, num_heads: int | None = None,
+                  deep_supervision: bool = True) -> nn.Module:
     """The network of a trained model, with `num_heads` output channels (default: as many as its labels need)."""
     manager = PlansManager(plans)
     config = manager.get_configuration(configuration)

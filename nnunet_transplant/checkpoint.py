@@ -37,7 +37,7 @@ def _numpy_scalar(kind: _NumpyType, data: bytes) -> Any:
 # What torch takes for safe is more, and some of it can fill the memory.
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8,
            torch.int16, torch.int32, torch.int64}
-_NUMPY = [(_NumpyType, "numpy.dtype"), (_numpy_scalar, "numpy._core.multiarray.scalar"),
+_NUMPY: list[Any] = [(_NumpyType, "numpy.dtype"), (_numpy_scalar, "numpy._core.multiarray.scalar"),
           (_numpy_scalar, "numpy.core.multiarray.scalar")]  # the last in files written with NumPy 1
 _NAMES = {
     *map(str, _DTYPES), *(name for _, name in _NUMPY),
@@ -86,12 +86,12 @@ def _names_in_pickle(path: Path) -> set[str]:
         raise ValueError("no pickle of nnU-Net's is so long")
     with open(path, "rb") as file:
         pickled = torch._C.PyTorchFileReader(file).get_record("data.pkl")  # the one that torch.load reads
-    names = set()
+    names: set[str] = set()
     for opcode, value, _ in pickletools.genops(pickled):
         if opcode.proto > 2:
             raise ValueError("not written by torch.save")
         if opcode.name in ("GLOBAL", "INST"):
-            names.add(value.replace(" ", "."))
+            names.add(str(value).replace(" ", "."))
     return names
 
 
@@ -188,5 +188,5 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -45,13 +45,13 @@ def labels_of(logits: torch.Tensor, regions: bool) -> torch.Tensor:
 def agreement(experts: Experts, network: nn.Module, targets: Sequence[torch.Tensor]) -> float:
     """Mean Dice over the structures of a network's labels with `targets`, one (structures, *patch_size) for each patch,
     over the voxels of all patches; IGNORED where nothing counts."""
-    both = sizes = 0
+    both = sizes = torch.zeros(len(targets[0]), dtype=torch.int64)
     with torch.no_grad():
         for patch, target in zip(experts.patches, targets, strict=True):
             found = labels_of(network(experts.images([patch])), experts.regions)[0].cpu()
             counted = target != IGNORED
-            both += (found & (target == 1)).flatten(1).sum(1)
-            sizes += (found & counted).flatten(1).sum(1) + (target == 1).flatten(1).sum(1)
+            both = both + (found & (target == 1)).flatten(1).sum(1)
+            sizes = sizes + (found & counted).flatten(1).sum(1) + (target == 1).flatten(1).sum(1)
     return float(torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0).mean())
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 def trainers_folder() -> Path:
     """The installed folder of our trainers: works for regular and editable installs, without importing them."""
     spec = importlib.util.find_spec("nnunet_transplant.trainers")
-    if spec is None:  # the checkout itself is on the path: the folder lies beside the package
+    if spec is None or spec.submodule_search_locations is None:
+        # the checkout itself is on the path: the folder lies beside the package
         return Path(__file__).resolve().parents[1] / "trainers"
     return Path(next(iter(spec.submodule_search_locations))).resolve()
 

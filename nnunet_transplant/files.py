@@ -43,7 +43,7 @@ def parse_json(text: bytes | str, source: str, kind: type = dict) -> Any:
     return content
 
 
-def check_output(output: Path, inputs: Sequence[Path], overwrite: bool, marker: str, what: str) -> None:
+def check_output(output: Path, inputs: Sequence[Path | str], overwrite: bool, marker: str, what: str) -> None:
     """Raise TransplantError unless a folder may be written here: it is new or empty, or `overwrite` is set and it is
     one of ours, which have a file `marker`; and it holds none of the inputs."""
     if any(output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents) for path in inputs):

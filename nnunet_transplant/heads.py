@@ -4,7 +4,7 @@ A softmax head scores class c against background as z_c - z_bg, a region head sc
 are linear in the head's weights. So heads of different tasks join into one: background row 0, one row per structure.
 The argmax is then U-Net Transplant's rule: the best-scoring structure, background where no score is positive.
 """
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ def structures(model: TrainedModel) -> dict[str, int]:
     return head_rows(model.plans, model.dataset_json)
 
 
-def head_rows(plans: dict[str, Any], dataset_json: dict[str, Any]) -> dict[str, int]:
+def head_rows(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> dict[str, int]:
     """As `structures`, for a model that need not be on disk."""
     manager = PlansManager(plans).get_label_manager(dataset_json)
     names = foreground_values(dataset_json["labels"])
@@ -42,7 +42,7 @@ def head_rows(plans: dict[str, Any], dataset_json: dict[str, Any]) -> dict[str, 
     return {name: row[value[0]] for name, value in names.items()}
 
 
-def origin(dataset_json: dict[str, Any], structure: str) -> list[str]:
+def origin(dataset_json: Mapping[str, Any], structure: str) -> list[str]:
     """The names of the original dataset's labels that a structure consists of: itself, but for task datasets."""
     record = dataset_json.get(RECORD)
     classes = record.get("classes") if isinstance(record, dict) else None
@@ -142,7 +142,7 @@ def _record(models: Sequence[TrainedModel], names: list[str]) -> dict[str, Any]:
     """Where each structure came from: enough to score the merged model against the original dataset."""
     own = [(model, structures(model)) for model in models]
     having = {name: [model for model, theirs in own if name in theirs] for name in names}
-    records = [model.dataset_json.get(RECORD) for model in models]
+    records: list[Any] = [model.dataset_json.get(RECORD) for model in models]
     record = {key: records[0][key] for key in ("parent", "parent_labels", "parent_regions_class_order")
               if all(isinstance(other, dict) and key in other and other[key] == records[0][key] for other in records)}
     return record | {"classes": {name: origin(having[name][0].dataset_json, name) for name in names},
@@ -171,7 +171,7 @@ def join_head(heads: Sequence[torch.Tensor], weights: Sequence[float], joined: J
     (regions). Raises TransplantError for heads whose rows are not the classes.
     """
     rows = []
-    for sources in joined.rows:
+    for sources in joined.rows or ():
         parts = []
         for i, row in sources:
             head = heads[i].float()

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from nnunet_transplant.errors import TransplantError
 
-Labels = Mapping[str, "int | Sequence[int]"]
+Labels = Mapping[str, Any]  # name -> int, or for a region a sequence of them
 
 MOST_LABELS = 10_000  # what is done with them takes time with their square
 
@@ -83,7 +83,7 @@ def has_regions(labels: Labels) -> bool:
 
 def foreground_values(labels: Labels) -> dict[str, tuple[int, ...]]:
     """Label name -> its values, without background and ignore, in the order of `labels`."""
-    values = {name: tuple(int(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    values = {name: tuple(map(int, value if isinstance(value, Sequence) else [value]))
               for name, value in labels.items() if name != "ignore"}
     return {name: value for name, value in values.items() if set(value) != {0}}
 
@@ -118,7 +118,7 @@ def task_labels(classes: Mapping[str, Sequence[str]], parent_labels: Labels,
     overlap = sum(len(member) for member in members.values()) > len(frozenset().union(*members.values()))
     value_map = {0: 0}
     order: list[int] | None = None
-    labels: dict[str, int | list[int]] = {"background": 0}
+    labels: dict[str, Any] = {"background": 0}  # int or list[int]
     if has_regions(parent_labels) or overlap:
         names, writers = _region_order(classes, members, parent_labels, parent_regions_class_order)
         atoms: dict[tuple[bool, ...], int] = {}
@@ -149,14 +149,15 @@ def _region_order(classes: Mapping[str, Sequence[str]], members: Mapping[str, fr
 
     nnU-Net writes region after region, later ones over earlier ones."""
     regions = list(foreground_values(parent_labels))
-    keep = parent_order is not None and all(len(parts) == 1 for parts in classes.values())
-    if keep:
+    if not all(len(parts) == 1 for parts in classes.values()):
+        parent_order = None
+    if parent_order is not None:
         names = sorted(classes, key=lambda name: regions.index(classes[name][0]))
     else:
         names = sorted(classes, key=lambda name: -len(members[name]))
     writers = []
     for i, name in enumerate(names):
-        writer = parent_order[regions.index(classes[name][0])] if keep else None
+        writer = None if parent_order is None else parent_order[regions.index(classes[name][0])]
         if writer not in members[name]:
             own = members[name].difference(*(members[smaller] for smaller in names[i + 1:]))
             writer = min(own or members[name])

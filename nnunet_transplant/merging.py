@@ -13,7 +13,7 @@ from nnunet_transplant.merger import merge_groups
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, open_theta_0
 from nnunet_transplant.prediction import check_prediction_options, predict_folder, torch_device
 from nnunet_transplant.recipe import Recipe
-from nnunet_transplant.record import Earlier, read_merge, read_recipe
+from nnunet_transplant.record import Earlier, RecipeFile, read_merge, read_recipe
 from nnunet_transplant.volumes import N_CASES, Volumes
 
 NONE = "none"  # takes a step away that is there to start from
@@ -59,15 +59,17 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
         before = replace(before, recipe=recipe)
     elif recipe is not None:
         file = read_recipe(recipe)
-        before, given = replace(before, recipe=file.recipe, base=file.base), given or list(file.models)
+        before = replace(before, recipe=file.recipe, base=file.base)
+        if given and weights is None and method in (None, file.recipe.method):
+            _check_weights_of(recipe, file, given)
+        given = given or list(file.models)
     elif drop:
         raise TransplantError("-drop leaves out models of an earlier merge: give it with -from")
     kept = before.without(drop)
     wanted = _changed(before.recipe, align, method, fit, parameters)
-    for name, value in (("weights", weights), ("keep_base_for", keep_base_for), ("stage_weights", stage_weights),
-                        ("share", share), ("same_channels", same_channels)):
-        if value is not None:
-            wanted = replace(wanted, **{name: value})
+    other: dict[str, Any] = {"weights": weights, "keep_base_for": keep_base_for, "stage_weights": stage_weights,
+                             "share": share, "same_channels": same_channels}
+    wanted = replace(wanted, **{name: value for name, value in other.items() if value is not None})
     if images is not None:
         datasets = [images] if isinstance(images, (str, int)) else list(images)
         wanted = replace(wanted, volumes=Volumes(datasets, n_cases, cases))
@@ -120,10 +122,27 @@ def _changed(recipe: Recipe, align: str | None, method: str | None, fit: str | S
         changed = replace(changed, method=method, weights=None)
     if fit is not None:
         changed = replace(changed, fit=[name for name in ([fit] if isinstance(fit, str) else fit) if name != NONE])
-    names = {step.name for step in changed.steps}
-    gone = {step.name for step in recipe.steps} - names
-    kept = {name: value for name, value in recipe.parameters.items() if name.partition(".")[0] not in gone}
+    names = _options(changed)
+    gone = _options(recipe) - names
+    kept = {name: value for name, value in recipe.parameters.items() if name not in gone}
     return replace(changed, parameters=kept).given(parameters)
+
+
+def _options(recipe: Recipe) -> set[str]:
+    """The names of all options that its steps have: `density`, `ties.density`."""
+    return {name for step in recipe.steps for parameter in step.parameters
+            for name in (parameter.name, f"{step.name}.{parameter.name}")}
+
+
+def _check_weights_of(path: Path | str, file: RecipeFile, models: Sequence[Path | str]) -> None:
+    """Raise TransplantError where a recipe file has the weights of other models than these, as far as can be told: on
+    another machine they may lie elsewhere."""
+    if file.recipe.weights is None or not file.models:
+        return
+    theirs, mine = ([Path(model).resolve() for model in each] for each in (file.models, models))
+    if len(theirs) != len(mine) or (theirs != mine and sorted(theirs) == sorted(mine)):
+        what = f"{len(theirs)} models, not {len(mine)}" if len(theirs) != len(mine) else "the models in another order"
+        raise TransplantError(f"{path} has the weights of {what}: give -weights, or leave out -m")
 
 
 def _open_kept(earlier: Earlier, checkpoint_name: str, trust: bool,

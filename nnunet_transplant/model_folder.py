@@ -1,7 +1,7 @@
 """A trained nnU-Net model folder: open it, check that several can merge, write a new one."""
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant import files
-from nnunet_transplant.architecture import Layout, check_plans, find_trainer, layout
+from nnunet_transplant.architecture import Layout, Network, check_plans, find_trainer, layout
 from nnunet_transplant.errors import TransplantError, note
 from nnunet_transplant.labels import channel_names, check_dataset_json, same_channels
 from nnunet_transplant.nnunet import nnUNetTrainer
@@ -41,7 +41,7 @@ class TrainedModel:
     record: dict[str, Any]                 # what our trainers note in a checkpoint; {} from stock trainers
     layout: Layout
     # all of its names, as maps of the file: memory is used only where they are read
-    weights: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    weights: Network = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -81,11 +81,11 @@ class TrainedModel:
         return read_theta_0(path, self.theta_0_sha256) if path.exists() else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskVectorModel(TrainedModel):
     """A trained model as a task vector file: theta_0 + tau."""
-    header: Header | None = None
-    base: Mapping[str, torch.Tensor] | None = None
+    header: Header
+    base: Network
 
     @property
     def folder(self) -> Path:
@@ -109,7 +109,7 @@ class TaskVectorModel(TrainedModel):
 
 
 def open_models(model: Path | str, folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
-                trust: bool = False, theta_0: Mapping[str, torch.Tensor] | None = None) -> list[TrainedModel]:
+                trust: bool = False, theta_0: Network | None = None) -> list[TrainedModel]:
     """The folds of a trained model folder, the one that a checkpoint inside such a folder belongs to, or a task vector
     file as the model it makes of theta_0.
 
@@ -197,7 +197,7 @@ def _find_trainer(name: str, path: Path, is_stock: Callable[[], bool]) -> type[n
     return nnUNetTrainer
 
 
-def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+def _shapes(weights: Network) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
@@ -222,7 +222,7 @@ def _layout(plans: dict[str, Any], configuration: str, dataset_json: dict[str, A
                               f"({type(error).__name__}: {_short(error)})") from error
 
 
-def _open_task_vector(path: Path, theta_0: Mapping[str, torch.Tensor] | None, trust: bool) -> TaskVectorModel:
+def _open_task_vector(path: Path, theta_0: Network | None, trust: bool) -> TaskVectorModel:
     header = read_header(path)
     if theta_0 is None:
         beside = theta_0_path(path.parent, header.theta_0)
@@ -296,7 +296,7 @@ def check_finite(tensor: torch.Tensor, name: str, model: TrainedModel) -> None:
         raise TransplantError(f"{model.path} holds NaN or Inf in {name}")
 
 
-def check_base(theta_0: Mapping[str, torch.Tensor], model: TrainedModel) -> None:
+def check_base(theta_0: Network, model: TrainedModel) -> None:
     """Raise TransplantError where theta_0 is of another network than the model's."""
     expected = {name: model.layout.shapes[name] for name in model.layout.body}
     if {name: tuple(tensor.shape) for name, tensor in theta_0.items()} != expected:
@@ -363,9 +363,9 @@ def check_mergeable(models: Sequence[TrainedModel], same_base: bool = True, chan
             modules, other_modules = first.layout.modules, other.layout.modules
             rows += [(name, modules.get(name, "none"), other_modules.get(name, "none"))
                      for name in modules | other_modules if modules.get(name) != other_modules.get(name)][:5]
-        known = (first.theta_0_sha256, other.theta_0_sha256)
-        if same_base and None not in known and known[0] != known[1]:
-            rows.append(("theta_0 (SHA-256)", known[0][:16], known[1][:16]))
+        known, known_too = first.theta_0_sha256, other.theta_0_sha256
+        if same_base and known is not None and known_too is not None and known != known_too:
+            rows.append(("theta_0 (SHA-256)", known[:16], known_too[:16]))
         if rows:
             table = "\n".join(f"  {field}: {_short(a)} | {_short(b)}" for field, a, b in rows)
             raise TransplantError(f"{first.name} and {other.name} cannot merge; they differ in\n{table}"
@@ -382,8 +382,7 @@ def common_theta_0_sha256(models: Sequence[TrainedModel]) -> str | None:
     return next((model.theta_0_sha256 for model in models if model.theta_0_sha256), None)
 
 
-def common_theta_0(models: Sequence[TrainedModel], given: dict[str, torch.Tensor] | None,
-                   needing: str) -> dict[str, torch.Tensor]:
+def common_theta_0(models: Sequence[TrainedModel], given: Network | None, needing: str) -> Network:
     """The base of models that can merge, by canonical names: the given one, else the one that a folder keeps.
 
     needing: who needs it, for the message. Raises TransplantError where the given one is another than recorded or of

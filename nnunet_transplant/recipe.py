@@ -70,14 +70,15 @@ class Recipe:
         known = {step.name: {parameter.name: parameter for parameter in step.parameters} for step in self.steps}
         for name in self.parameters:
             step, _, own = name.rpartition(".")
-            if own not in known.get(step, {}) if step else not any(own in parameters for parameters in known.values()):
+            if own not in known.get(step, {}) if step else not any(name in parameters for parameters in known.values()):
                 raise TransplantError(f"{_in_words(list(known))} no -{name[:40]}{_perhaps(name, known)}")
         return {step: {name: parameter.check(self.parameters.get(f"{step}.{name}", self.parameters.get(
             name, parameter.default))) for name, parameter in parameters.items()}
             for step, parameters in known.items()}
 
     def given(self, parameters: Mapping[str, Any]) -> "Recipe":
-        """The same with these options, which go before those that it has."""
+        """The same with these options, which go before those that it has. As in Python, `lambda_` is lambda."""
+        parameters = {name.rstrip("_"): value for name, value in parameters.items()}
         kept = {name: value for name, value in self.parameters.items() if name.rpartition(".")[2] not in parameters}
         return replace(self, parameters={**kept, **parameters})
 
@@ -116,7 +117,10 @@ class Recipe:
         recipe = Recipe(**said)
         if volumes is not None:
             recipe = replace(recipe, volumes=Volumes(**volumes))
-        recipe.settings()
+        try:
+            recipe.settings()
+        except TransplantError as error:
+            raise wrong(str(error)) from error
         return recipe
 
 
@@ -144,7 +148,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2 ** 63)
 
 
 def _are(is_one: Any) -> Any:

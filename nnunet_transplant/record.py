@@ -65,7 +65,13 @@ def read_merge(folder: Path | str) -> Earlier:
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
         raise TransplantError(f"{folder} is no merged model: it has no {RECORD_FILE}")
-    content = read_json(path)
+    return _recorded(read_json(path), path)
+
+
+def _recorded(content: dict[str, Any], path: Path) -> Earlier:
+    """path: of the file with this content."""
+    if "folds" not in content and "models" in content:
+        raise TransplantError(f"{path} is of several models side by side: name the folder of one of them")
     try:
         folds = list(content["folds"].values())
         rows = [row for fold in folds for row in fold["inputs"]]
@@ -100,8 +106,8 @@ def read_recipe(path: Path | str) -> RecipeFile:
     """
     path = Path(path)
     content = read_json(path)
-    if isinstance(content.get("folds"), dict):
-        return RecipeFile(read_merge(path.parent).recipe)
+    if path.name == RECORD_FILE or "folds" in content:
+        return RecipeFile(_recorded(content, path).recipe)
     models, base = content.pop("models", []), content.pop("base", None)
     if not (isinstance(models, list) and all(isinstance(model, str) for model in models)):
         raise TransplantError(f"{path} is no recipe: 'models' is no list of paths")

@@ -18,8 +18,8 @@ def scales(layout: Layout, keep_base_for: Sequence[str] = (),
     """
     factors: dict[str, float] = {}
     if stage_weights is not None:
-        stage = {name: stage_of(name) for name in layout.body}
-        odd = next((name for name, number in stage.items() if number is None), None)
+        stage = {name: found for name in layout.body if (found := stage_of(name)) is not None}
+        odd = next((name for name in layout.body if name not in stage), None)
         if odd is not None:
             raise TransplantError(f"-stage_weights needs a U-Net with encoder and decoder stages; this network's {odd} "
                                   "is in none")

@@ -6,10 +6,12 @@ A step is one decorated function. Those of its parameters that are annotated wit
     trim: Annotated[Literal["vector", "tensor"], "trim over the whole task vector, or in each tensor"] = "vector"
 
 The command line, its validation, recipes and the documentation read them from there. The other parameters are inputs:
-the merger hands them over by name. A trailing underscore is no part of an option's name (lambda_ is -lambda).
+the merger hands them over by name. The underscore behind a word of Python is no part of an option's name (lambda_ is
+-lambda).
 """
 import difflib
 import inspect
+import keyword
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,10 +68,13 @@ class Parameter:
                 raise TransplantError(f"-{self.name} must be one of {', '.join(self.choices)}, not "
                                       f"{str(value)[:40]}{did_you_mean(value, self.choices)}")
             return value
+        kind = "a whole number" if self.kind is int else "a number"
         try:
             number = self.kind(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise TransplantError(f"-{self.name} must be a number, not {str(value)[:40]}") from error
+            raise TransplantError(f"-{self.name} must be {kind}, not {str(value)[:40]}") from error
+        if self.kind is int and isinstance(value, float) and value != number:
+            raise TransplantError(f"-{self.name} must be {kind}, not {str(value)[:40]}")
         if not self.range.low <= number <= self.range.high:  # also refuses NaN
             raise TransplantError(f"-{self.name} must lie between {self.range.low:.10g} and {self.range.high:.10g}, "
                                   f"not {str(value)[:40]}")
@@ -103,7 +108,7 @@ class Step:
 
 def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Options as Python writes them."""
-    return {f"{name}_" if name == "lambda" else name: value for name, value in settings.items()}
+    return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in settings.items()}
 
 
 def read_signature(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[Parameter, ...]]:
@@ -119,12 +124,18 @@ def read_signature(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple
         ranges = [each for each in said if isinstance(each, Range)]
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         texts = [each for each in said if isinstance(each, str)]
-        if parameter.default is parameter.empty or len(texts) != 1 or bool(choices) == bool(ranges):
-            raise TypeError(f"{function.__name__}: {name} needs a default, a text that says what it is, and a Range or "
-                            "a Literal of its choices")
-        parameters.append(Parameter(name.rstrip("_"), parameter.default, texts[0], ranges[0] if ranges else None,
-                                    choices))
-        parameters[-1].check(parameter.default)
+        if parameter.default is parameter.empty or len(texts) != 1 or bool(choices) == bool(ranges) or (
+                ranges and kind not in (int, float)):
+            raise TypeError(f"{function.__name__}: {name} needs a default, a text that says what it is, and an int or "
+                            "float with a Range, or a Literal of its choices")
+        default = parameter.default
+        if kind is float and type(default) is int:
+            default = float(default)
+        if type(default) is not (kind if ranges else str):
+            raise TypeError(f"{function.__name__}: the default of {name} is not of its kind")
+        option = name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
+        parameters.append(Parameter(option, default, texts[0], ranges[0] if ranges else None, choices))
+        parameters[-1].check(default)
     return tuple(inputs), tuple(parameters)
 
 

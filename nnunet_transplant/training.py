@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_transplant import checkpoint as checkpoints
-from nnunet_transplant.architecture import bare, canonical_names, changes_network, layout
+from nnunet_transplant.architecture import Layout, bare, canonical_names, changes_network, layout
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.task_vector import RECORD, read_theta_0, theta_0_path, write_theta_0
@@ -123,7 +123,8 @@ def untrained_heads(network: nn.Module, deep_supervision: bool) -> list[nn.Param
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every random number generator of this process, in types that a safe unpickler reads."""
-    kind, keys, *rest = np.random.get_state()
+    state_of_numpy: Any = np.random.get_state(legacy=True)  # the tuple of old
+    kind, keys, *rest = state_of_numpy
     state = {"torch": torch.get_rng_state(), "python": random.getstate(),
              "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest)}
     if device.type == "cuda":
@@ -191,7 +192,7 @@ class TransplantTrainer(nnUNetTrainer):
             raise TransplantError(f"{type(self).__name__} needs a network with normalised convolution blocks: "
                                   "its dropout goes there")
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, CosineAnnealing]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, CosineAnnealing(optimizer, self.num_epochs)
 
@@ -307,10 +308,10 @@ class TaskVectorTrainer(TransplantTrainer):
         state = bare(self.network).state_dict()
         return {name: state[name] for name in self._layout().body}
 
-    def _layout(self):
+    def _layout(self) -> Layout:
         return layout(self.plans_manager.plans, self.configuration_name, self.dataset_json, type(self))
 
-    def configure_optimizers(self) -> tuple[AdamWOnTau, ConstantRate]:
+    def configure_optimizers(self) -> tuple[AdamWOnTau, Any]:
         for p in untrained_heads(self.network, self.enable_deep_supervision):
             # nnU-Net's loss gives it a tiny weight under DDP: outside the optimiser its gradient would only pile up
             p.requires_grad_(False)

@@ -11,7 +11,8 @@ import torch
 
 from nnunet_transplant.architecture import Network
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ def activation_similarity(spec: Spec, program: Any, networks: Sequence[Mapping[s
     with torch.no_grad():
         for image in images:
             for node, values in run(networks, image):
-                for group, axis in taps.get(node.name, ()):
-                    moments[group, node.name].add([value[node] for value in values], axis)
+                for name, axis in taps.get(node.name, ()):
+                    moments[name, node.name].add([value[node] for value in values], axis)
     found: dict[str, list[np.ndarray]] = {}
-    for (group, _), sums in moments.items():
-        found.setdefault(group, []).append(sums.correlation())
-    return {group: sum(each) / len(each) for group, each in found.items()}
+    for (name, _), sums in moments.items():
+        found.setdefault(name, []).append(sums.correlation())
+    return {name: np.sum(each, axis=0) / len(each) for name, each in found.items()}

@@ -67,8 +67,13 @@ def match(spec: Spec, networks: Sequence[Network], solver: Solver, alpha: float,
     weights = None if alpha == 0 else WeightSimilarity(spec, networks, skip)
 
     def similarity(name: str) -> np.ndarray:
-        found = 0.0 if alpha == 0 else alpha * weights.between(name, pairs, state, pearson)
-        return found if alpha == 1 else found + (1 - alpha) * activations[name]
+        parts = []
+        if weights is not None:
+            parts.append(alpha * weights.between(name, pairs, state, pearson))
+        if alpha < 1:
+            assert activations is not None
+            parts.append((1 - alpha) * activations[name])
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def solve(name: str, similarities: np.ndarray) -> np.ndarray:
         return solver.solve(similarities, models, spec.groups[name].blocks).reshape(models, -1)

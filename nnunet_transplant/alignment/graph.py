@@ -14,6 +14,8 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.model_folder import TrainedModel
 from nnunet_transplant.nnunet import nnUNetTrainer
 
+Node = Any  # torch.fx.Node, whose arguments torch types as everything that they might be
+
 
 def exported(network: nn.Module, shape: Sequence[int]) -> Any:
     """The `torch.export` program of a network, which is put in eval mode, for inputs of this shape (1, channels, ...).
@@ -75,15 +77,15 @@ class Run:
     def __init__(self, program: Any) -> None:
         self.program, self.names = program, tensor_names(program)
         last = {node: user for user in program.graph.nodes for node in user.all_input_nodes}  # the last user of each
-        self.unused_after: dict[fx.Node, list[fx.Node]] = {}
+        self.unused_after: dict[Node, list[Node]] = {}
         for node, user in last.items():
             self.unused_after.setdefault(user, []).append(node)
 
     def __call__(self, networks: Sequence[Mapping[str, torch.Tensor]],
-                 image: torch.Tensor) -> Iterator[tuple[fx.Node, list[dict[fx.Node, Any]]]]:
+                 image: torch.Tensor) -> Iterator[tuple[Node, list[dict[Node, Any]]]]:
         """Every operation in order, and in each network the values that are still in use, its own and its inputs'
         among them (later operations may overwrite them). image: (1, channels, ...)."""
-        values: list[dict[fx.Node, Any]] = [{} for _ in networks]
+        values: list[dict[Node, Any]] = [{} for _ in networks]
         for node in self.program.graph.nodes:
             if node.op == "output":
                 return
@@ -97,7 +99,7 @@ class Run:
                 for unused in self.unused_after.get(node, ()):
                     del value[unused]
 
-    def compute(self, node: fx.Node, values: Mapping[fx.Node, Any], network: Mapping[str, torch.Tensor],
+    def compute(self, node: Node, values: Mapping[Node, Any], network: Mapping[str, torch.Tensor],
                 image: torch.Tensor) -> Any:
         if node.op == "placeholder":
             name = self.names.get(node.name)

@@ -52,7 +52,7 @@ def rigid_segments(units: np.ndarray, places: Mapping[int, list[Place]], marks: 
 
 def block_count(units: tuple[int, ...], divisions: Sequence[Sequence[set[int]]], name: str) -> int:
     """Into how many blocks group norms and attentions divide a group: 1 where all of it lies in one."""
-    counts = set()
+    counts: set[int | None] = set()
     for rows in divisions:
         mine = list({frozenset(row): row for row in rows if not row.isdisjoint(units)}.values())
         if mine and not mine[0].issuperset(units):
@@ -62,4 +62,4 @@ def block_count(units: tuple[int, ...], divisions: Sequence[Sequence[set[int]]],
             counts.add(len(mine))
     if len(counts) > 1:
         raise TransplantError(f"alignment cannot follow: the units of {name} are divided into groups in several ways")
-    return counts.pop() if counts else 1
+    return counts.pop() or 1 if counts else 1

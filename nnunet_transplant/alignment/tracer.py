@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from nnunet_transplant.alignment.graph import exported, tensor_names
+from nnunet_transplant.alignment.graph import Node, exported, tensor_names
 from nnunet_transplant.alignment.operations import (
     CARRY,
     ENTRY_BY_ENTRY,
@@ -56,7 +56,7 @@ class _Tracer:
         self.program, parameters, state = program, program.graph_signature.inputs_to_parameters, program.state_dict
         self.weights = {node: Weight(name, tuple(state[name].shape), node in parameters)
                         for node, name in tensor_names(program).items() if name in state}
-        self.values: dict[fx.Node, Any] = {}
+        self.values: dict[Node, Any] = {}
         self.slots = 0
         self.ties: list[np.ndarray] = []                      # (2, n): slots
         self.marks: list[tuple[np.ndarray, np.ndarray]] = []  # of one operation: slots, and the mark of each
@@ -80,7 +80,7 @@ class _Tracer:
             elif node.name not in self.weights:
                 self.values[node] = _constant(node)
 
-    def call(self, node: fx.Node) -> Any:
+    def call(self, node: Node) -> Any:
         kind, value = kind_of(node), node.meta["val"]
         if kind == "getitem":
             return self.values[node.args[0]][node.args[1]]
@@ -119,7 +119,7 @@ class _Tracer:
                 return None
         raise TransplantError(f"alignment cannot follow {node.target} in {module_of(node)}")
 
-    def value(self, node: fx.Node) -> torch.Tensor:
+    def value(self, node: Node) -> torch.Tensor:
         """The slots of a value; a parameter used as one has slots for its entries."""
         if node in self.values:
             return self.values[node]
@@ -133,7 +133,7 @@ class _Tracer:
             weight.entries = self.new(math.prod(weight.shape)).reshape(weight.shape)
         return torch.from_numpy(weight.entries)
 
-    def weight(self, node: fx.Node, user: fx.Node) -> Weight:
+    def weight(self, node: Node, user: Node) -> Weight:
         if node.name not in self.weights:
             raise TransplantError(f"alignment cannot follow {module_of(user)}: it computes weights")
         return self.weights[node.name]
@@ -178,7 +178,7 @@ class _Tracer:
         self.tie(units[None], rows)
         return units.numpy()
 
-    def entry_by_entry(self, node: fx.Node) -> torch.Tensor:
+    def entry_by_entry(self, node: Node) -> torch.Tensor:
         operands = [self.value(argument) for argument in node.args if isinstance(argument, fx.Node)]
         values = sorted((_thin(value) for value in torch.broadcast_tensors(*operands)),
                         key=lambda value: (bool((value == FIXED).any()), value.numel()))
@@ -189,7 +189,7 @@ class _Tracer:
                 result = torch.where(result == FIXED, other, result)
         return result.expand(node.meta["val"].shape)
 
-    def by_unit(self, node: fx.Node, axis: int, weights: Sequence[fx.Node | None] = ()) -> torch.Tensor:
+    def by_unit(self, node: Node, axis: int, weights: Sequence[Node | None] = ()) -> torch.Tensor:
         """Each unit for itself, as norms and pooling do, with its own entry of each weight."""
         units = self.along(self.value(node.args[0]), axis)
         for weight in weights:
@@ -197,7 +197,7 @@ class _Tracer:
                 self.tie(units, self.axis(self.weight(weight, node), 0))
         return _spread(units, axis, node)
 
-    def contract(self, node: fx.Node, makes: int, channel: int, groups: int = 1) -> torch.Tensor:
+    def contract(self, node: Node, makes: int, channel: int, groups: int = 1) -> torch.Tensor:
         """A weight whose axis `makes` makes the units on axis `channel` from those there that its other axis reads."""
         weight, bias = self.weight(node.args[1], node), argument_of(node, 2, "bias", None)
         units, made = self.along(self.value(node.args[0]), channel), self.axis(weight, makes)
@@ -217,13 +217,13 @@ class _Tracer:
             bias.idle.append(meets_norm(node))
         return _spread(made, channel, node)
 
-    def group_norm(self, node: fx.Node) -> torch.Tensor:
+    def group_norm(self, node: Node) -> torch.Tensor:
         result = self.by_unit(node, 1, node.args[2:4])
         if not norms_units(node):
             self.blocks.append(self.along(result, 1).reshape(node.args[1], -1))
         return result
 
-    def attention(self, node: fx.Node) -> torch.Tensor:
+    def attention(self, node: Node) -> torch.Tensor:
         """Of queries, keys and values (batch, heads, tokens, n)."""
         (heads, size), *more = {(each.meta["val"].shape[1], each.meta["val"].shape[3]) for each in node.args[:3]}
         if more:
@@ -234,7 +234,7 @@ class _Tracer:
         self.blocks.append(slots[2])
         return torch.from_numpy(slots[2])[None, :, None].expand(node.meta["val"].shape)
 
-    def reduction(self, node: fx.Node) -> torch.Tensor:
+    def reduction(self, node: Node) -> torch.Tensor:
         """Over voxels a unit stays itself; over all units nothing is left of them."""
         value = self.value(node.args[0])
         axes = [axis % value.dim() for axis in argument_of(node, 1, "dim", None) or range(value.dim())]
@@ -248,7 +248,7 @@ class _Tracer:
         return result.expand([1 if axis in axes else size for axis, size in enumerate(value.shape)]).reshape(
             node.meta["val"].shape)
 
-    def joined(self, node: fx.Node, stacked: bool) -> torch.Tensor:
+    def joined(self, node: Node, stacked: bool) -> torch.Tensor:
         shape = node.meta["val"].shape
         axis = argument_of(node, 1, "dim", 0) % len(shape)
         parts = [self.value(part).unsqueeze(axis) if stacked else self.value(part) for part in node.args[0]]
@@ -260,7 +260,7 @@ class _Tracer:
                 parts = [part.narrow(other, 0, 1) for part in parts]
         return torch.cat(parts, axis).expand(shape)
 
-    def tap(self, node: fx.Node, channel: int, units: np.ndarray) -> None:
+    def tap(self, node: Node, channel: int, units: np.ndarray) -> None:
         """Note the values that are read: as they were made, before pooling or concatenation."""
         kind = kind_of(node)
         if kind == "cat" and argument_of(node, 1, "dim", 0) % node.meta["val"].dim() == channel:
@@ -358,11 +358,11 @@ def _thin(value: torch.Tensor) -> torch.Tensor:
     return value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())]
 
 
-def _spread(units: np.ndarray, axis: int, node: fx.Node) -> torch.Tensor:
+def _spread(units: np.ndarray, axis: int, node: Node) -> torch.Tensor:
     """The value of a node whose units lie along an axis."""
     shape = node.meta["val"].shape
     return torch.from_numpy(units).reshape([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
 
 
-def _constant(node: fx.Node) -> torch.Tensor:
+def _constant(node: Node) -> torch.Tensor:
     return torch.full(tuple(node.meta["val"].shape), FIXED)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nnunet_transplant.analysis.risk import Risk
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.vectors import added_up
 
 TOLERANCE = 1e-3  # of eigenvalues, relative
 
@@ -61,7 +62,7 @@ class Hessian:
         for patches in self.risk.batches(self.batch):
             with sdpa_kernel(SDPBackend.MATH):  # the only attention that torch differentiates twice
                 gradients = torch.autograd.grad(self.risk.loss(patches), self.parameters, create_graph=True)
-                along = sum((gradient * part).sum() for gradient, part in zip(gradients, parts, strict=True))
+                along = added_up((gradient * part).sum() for gradient, part in zip(gradients, parts, strict=True))
                 second = torch.autograd.grad(along, self.parameters, materialize_grads=True)
             total.add_(torch.cat([each.reshape(-1) for each in second]), alpha=len(patches) / len(self.risk.patches))
         return total

@@ -83,8 +83,8 @@ def flatness(models: Sequence[Path | str], dataset: str | int, fold: str | int =
     return result
 
 
-def _task_vectors(tasks: Sequence[Path], bases: Sequence[TrainedModel], labels: Sequence[str], checkpoint_name: str,
-                  trust: bool) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+def _task_vectors(tasks: Sequence[Path | str], bases: Sequence[TrainedModel], labels: Sequence[str],
+                  checkpoint_name: str, trust: bool) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
     """Base's label -> task's label -> tau of the tensors outside the heads. A task belongs to the base whose tensors
     are its theta_0, or where it records none, to the only base there is."""
     bodies = [{name: model.tensors()[name] for name in model.layout.body} for model in bases]

@@ -79,10 +79,10 @@ class Losses:
     networks: Sequence[Mapping[str, torch.Tensor]]
     risks: Mapping[str, Risk]
 
-    def at(self, mixture: Sequence[float]) -> dict[str, float]:
+    def at(self, mixture: np.ndarray) -> dict[str, float]:
         """Task -> the mean loss over its patches; NaN and Inf as they come."""
         mixed = {name: add_weighted(torch.zeros_like(tensor, dtype=torch.float32),
-                                    [network[name].float() for network in self.networks], mixture)
+                                    [network[name].float() for network in self.networks], mixture.tolist())
                  for name, tensor in self.networks[0].items()}
         return {task: _loss(risk, mixed) for task, risk in self.risks.items()}
 
@@ -148,12 +148,13 @@ def landscape(models: Sequence[Path | str], dataset: str | int, fold: str | int 
     plane = principal_plane(inner_products(networks)) if len(every) > 2 and points else None
     wanted = {**lines(len(experts), len(every), line_points), **({} if plane is None else grid(plane, points))}
     measure(losses, wanted, known, output / CSV, progress)
-    result = {"setup": setup, "barriers": barriers(known, labels), "plane": None if plane is None else {
-        "models": dict(zip(labels, plane.coordinates.tolist(), strict=True)), "explained": plane.explained}}
+    places = {} if plane is None else dict(zip(labels, plane.coordinates.tolist(), strict=True))
+    result = {"setup": setup, "barriers": barriers(known, labels),
+              "plane": None if plane is None else {"models": places, "explained": plane.explained}}
     save_lines_figure({place: loss for place, loss in known.items() if place[0] != "plane"}, labels, output / LINES)
     if plane is not None:
         save_plane_figure({place[1:]: loss for place, loss in known.items() if place[0] == "plane"},
-                          result["plane"]["models"], len(experts), output / PLANE)
+                          places, len(experts), output / PLANE)
     (output / JSON).write_text(json.dumps(result, indent=4) + "\n", encoding="utf-8")
     return result
 

@@ -15,6 +15,7 @@ from nnunet_transplant.heads import origin
 from nnunet_transplant.labels import foreground_values
 from nnunet_transplant.loss import Loss, segmentation_loss
 from nnunet_transplant.model_folder import TrainedModel
+from nnunet_transplant.vectors import added_up
 from nnunet_transplant.volumes import Patch, Volumes, configuration_of, images_of, padded, preprocessed
 
 T = TypeVar("T")
@@ -50,8 +51,8 @@ class Risk:
         if not isinstance(outputs, (list, tuple)):
             return self._loss_of_logits(outputs, patches)
         weights = [0.5 ** i for i in range(len(outputs) - 1)] or [1.0]  # nnU-Net's: none for the lowest
-        return sum(weight / sum(weights) * self._loss_of_logits(logits, patches)
-                   for weight, logits in zip(weights, outputs, strict=False))
+        return added_up(weight / sum(weights) * self._loss_of_logits(logits, patches)
+                        for weight, logits in zip(weights, outputs, strict=False))
 
     def mean(self) -> float:
         """Over all patches, in batches as large as the plans', without a gradient."""
@@ -112,10 +113,10 @@ def _patch(data: np.ndarray, values: np.ndarray, size: Sequence[int], wanted: Se
     there = [mask for mask in (np.isin(values, parts) for parts in wanted) if mask.any()]
     if there:
         voxels = np.argwhere(there[rng.integers(len(there))])
-        start = voxels[rng.integers(len(voxels))] - np.array(size) // 2
-        start = np.clip(start, 0, np.array(values.shape) - size)
+        corner = voxels[rng.integers(len(voxels))] - np.array(size) // 2
+        start = np.clip(corner, 0, np.array(values.shape) - size).tolist()
     else:
-        start = rng.integers(0, np.array(values.shape) - size + 1)
+        start = rng.integers(0, np.array(values.shape) - np.array(size) + 1).tolist()
     inside = tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
     image, labels = data[(slice(None), *inside)].copy(), values[inside].copy()
     return (image[:, 0], labels[0]) if flat else (image, labels)

@@ -101,7 +101,7 @@ def _range(what: str, kind: type, low: float, high: float, default: float) -> Fl
     if not low <= default <= high:
         raise TransplantError(f"{what} from {low:g} to {high:g} leaves out the default, {default:g}, which every sweep "
                               "starts from")
-    return IntDistribution(low, high) if kind is int else FloatDistribution(low, high)
+    return IntDistribution(int(low), int(high)) if kind is int else FloatDistribution(low, high)
 
 
 def grid_axes(space: Space, steps: int) -> list[list[float]]:
@@ -133,7 +133,7 @@ def open_study(storage: str, name: str, objectives: int, inputs: Mapping[str, An
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     digests = {what: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
                for what, value in inputs.items()}
-    study = known = None
+    known: dict[str, str] = {}
     for attempt in range(ATTEMPTS):
         try:
             study = optuna.create_study(storage=_open_storage(storage), study_name=name, load_if_exists=True,
@@ -141,12 +141,13 @@ def open_study(storage: str, name: str, objectives: int, inputs: Mapping[str, An
             if "inputs" not in study.user_attrs:
                 study.set_user_attr("inputs", digests)
             known = study.user_attrs["inputs"]
-            break
         except Exception as error:  # databases and their drivers raise anything
             if attempt + 1 == ATTEMPTS:
                 raise TransplantError(f"cannot open the study {name} in {storage} ({type(error).__name__}: "
                                       f"{' '.join(str(error).split())[:200]})") from error
             time.sleep(random.uniform(0.1, 0.4) * 2 ** attempt)  # workers that make a new database hinder each other
+        else:
+            break
     if known != digests:
         differing = [what for what in known | digests if known.get(what) != digests.get(what)]
         raise TransplantError(f"the study {name} in {storage} was started with other {', '.join(differing)}: its "
@@ -222,7 +223,7 @@ class _Sampler(BaseSampler):
 
     def __init__(self, space: Space, points: Sequence[Point] | None, trials: int, sampler: str, seed: int) -> None:
         self.ranges, self.sampler, self.seed = space.ranges, sampler, seed
-        self.points = [space.default] if points is None else points
+        self.points: list[Point] = [space.default] if points is None else list(points)
         self.trials = trials if points is None else 0
 
     def is_left(self, study: optuna.Study) -> bool:

@@ -166,7 +166,7 @@ def sweep(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0
     return found
 
 
-def _check_output(output: Path, models: Sequence[Path], overwrite: bool) -> None:
+def _check_output(output: Path, models: Sequence[Path | str], overwrite: bool) -> None:
     """As `check_output`, but an earlier sweep may be gone on with."""
     marker = next((name for name in (STUDY, SUMMARY) if (output / name).is_file()), STUDY)
     check_output(output, models, overwrite or (output / marker).is_file(), marker, "an earlier sweep")
@@ -180,7 +180,7 @@ def _volumes(dataset: str | int, fold: str | int, cases: str | None) -> Volumes:
     return Volumes([dataset], cases=f"train:{int(fold)}")
 
 
-def _names(groups: Sequence[Sequence[TrainedModel]], models: Sequence[Path]) -> list[str]:
+def _names(groups: Sequence[Sequence[TrainedModel]], models: Sequence[Path | str]) -> list[str]:
     """What each model's weight is called: by its structures, where they tell the models apart and are short."""
     names = [", ".join(structures(group[0])) for group in groups]
     if len(set(names)) == len(names) and max(map(len, names)) <= 30:
@@ -262,7 +262,7 @@ def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Pat
     failed = sum("failure" in trial.user_attrs for trial in trials)
     notes = [*job.notes, *([f"note: {failed} of {len(trials)} merges have no usable logits and count as Dice 0"]
                            if failed else [])]
-    seconds = [trial.duration.total_seconds() for trial in trials]
+    seconds = [_seconds(trial) for trial in trials]
 
     def described(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         weights, parameters = job.space.weights(trial.params), job.space.parameters(trial.params)
@@ -285,6 +285,10 @@ def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Pat
         "versions": versions("optuna")}
 
 
+def _seconds(trial: optuna.trial.FrozenTrial) -> float:
+    return 0.0 if trial.duration is None else trial.duration.total_seconds()
+
+
 def _with_mean(dice: Mapping[str, float]) -> dict[str, float | None]:
     """None for NaN, which JSON does not have."""
     known = [value for value in dice.values() if not np.isnan(value)]
@@ -301,7 +305,7 @@ def trials_table(study: optuna.Study, space: Space) -> pd.DataFrame:
         rows.append({"trial": trial.number, **{f"w_{i}": weight for i, weight in enumerate(weights, 1)},
                      **space.parameters(trial.params),
                      **{f"dice_{name}": dice for name, dice in trial.user_attrs["dice"].items()},
-                     "dice_mean": trial_dice(trial), "seconds": trial.duration.total_seconds(),
+                     "dice_mean": trial_dice(trial), "seconds": _seconds(trial),
                      "failure": trial.user_attrs.get("failure", "")})
     return pd.DataFrame(rows)
 

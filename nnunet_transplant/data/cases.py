@@ -145,12 +145,7 @@ def choose_cases(cases: str | os.PathLike | Sequence[str], all_cases: Sequence[s
     chosen: Sequence[str]
     if isinstance(cases, (str, os.PathLike)):
         fold = re.fullmatch(r"(train|val):(\d+)", str(cases))
-        if fold and splits is None:
-            raise TransplantError(f"-cases {cases}: the dataset has no splits_final.json, nnU-Net writes it when the "
-                                  "first fold is trained")
-        if fold and int(fold[2]) >= len(splits):
-            raise TransplantError(f"-cases {cases}: the dataset has {len(splits)} folds, counted from 0.")
-        chosen = splits[int(fold[2])][fold[1]] if fold else read_case_list(Path(cases))
+        chosen = _of_fold(str(cases), splits, fold[1], int(fold[2])) if fold else read_case_list(Path(cases))
     else:
         chosen = cases
     unknown = sorted(set(chosen) - set(all_cases))
@@ -159,6 +154,15 @@ def choose_cases(cases: str | os.PathLike | Sequence[str], all_cases: Sequence[s
     if not chosen:
         raise TransplantError("No case was chosen.")
     return sorted(set(chosen))
+
+
+def _of_fold(cases: str, splits: Splits | None, part: str, fold: int) -> list[str]:
+    if splits is None:
+        raise TransplantError(f"-cases {cases}: the dataset has no splits_final.json, nnU-Net writes it when the "
+                              "first fold is trained")
+    if fold >= len(splits):
+        raise TransplantError(f"-cases {cases}: the dataset has {len(splits)} folds, counted from 0.")
+    return splits[fold][part]
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:

@@ -67,7 +67,7 @@ def phantom_case(seed: int, scanner: str, shape: tuple[int, int, int] = SHAPE) -
         raise TransplantError(f"a phantom needs three axes of at least 24 voxels: {tuple(shape)}")
     device = SCANNERS[scanner]
     rng = np.random.default_rng([ord(scanner), seed])
-    points = _patient_points(rng, tuple(shape), device.size)
+    points = _patient_points(rng, (shape[0], shape[1], shape[2]), device.size)
     hu, labels = _paint(rng, points, device)
 
     spacing = np.divide(FIELD_OF_VIEW, shape)

@@ -151,8 +151,8 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
 def _check_ids(tasks: Sequence[Task], ids: Sequence[int], parent: str) -> None:
     if len(tasks) != len(ids):
         raise TransplantError(f"There are {len(tasks)} tasks but {len(ids)} ids: give one id per task.")
-    for what, values in (("name", [task.name for task in tasks]), ("id", list(ids))):
-        twice = sorted({str(value) for value in values if values.count(value) > 1})
+    for what, values in (("name", [task.name for task in tasks]), ("id", [str(number) for number in ids])):
+        twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
             raise TransplantError(f"Several tasks have the same {what}: {listed(twice)}.")
     for dataset_id in ids:

@@ -14,6 +14,8 @@ from nnunet_transplant.fitting.registry import fit
 from nnunet_transplant.steps import Range, Seed
 from nnunet_transplant.volumes import Patch
 
+Convolution = nn.Conv2d | nn.Conv3d
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -35,7 +37,7 @@ def lessons_of(experts: Experts, seed: int = 0, positions: int = 4096) -> list[L
     return lessons
 
 
-def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) -> nn.Module:
+def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) -> Convolution:
     """Fit the head of full resolution of a merged network, in place, to what the ensemble says: the logistic regression
     of its probabilities on what the head reads, a convex problem without step sizes (L-BFGS). No labels.
 
@@ -88,9 +90,9 @@ def head(merged: dict[str, torch.Tensor], experts: Experts,
                      for tensor in layer.parameters()}
 
 
-def output_layer(network: nn.Module, images: torch.Tensor) -> nn.Module:
+def output_layer(network: nn.Module, images: torch.Tensor) -> Convolution:
     """The convolution of single voxels whose output is the network's. Raises TransplantError where there is none."""
-    made: list[tuple[nn.Module, torch.Tensor]] = []
+    made: list[tuple[Convolution, torch.Tensor]] = []
     hooks = [module.register_forward_hook(lambda module, _, output: made.append((module, output)))
              for module in network.modules()
              if isinstance(module, (nn.Conv2d, nn.Conv3d)) and set(module.kernel_size) == {1}]

@@ -1,16 +1,8 @@
 """Merging methods, one file per family. Each is a function that declares itself: see `registry.method`."""
-from nnunet_transplant.methods import (  # noqa: F401 - each registers its methods
-    coefficients,
-    consensus,
-    fisher,
-    geometric,
-    linear,
-    refit,
-    regmean,
-    sparse,
-    spectral,
-    ties,
-)
+# isort: off
+from nnunet_transplant.methods import linear, ties, sparse, consensus, spectral, geometric  # noqa: F401 - each registers
+from nnunet_transplant.methods import fisher, regmean, refit, coefficients  # noqa: F401 - its methods, in this order
+# isort: on
 from nnunet_transplant.methods.registry import METHODS, Method, method
 
 __all__ = ["METHODS", "Method", "method"]

@@ -34,9 +34,9 @@ def merge_tensors(method: Method, settings: Mapping[str, Any], weights: Sequence
     """
     vectors = TaskVectors(theta_0, thetas, weights)
     if method.inputs == ("tensors",):
-        merge, found = partial(method.function, **arguments(settings)), {}
+        made = Found(partial(method.function, **arguments(settings)), {})
     else:
-        merge, found = method.call(settings, vectors=vectors, experts=experts)
+        made = method.call(settings, vectors=vectors, experts=experts)
     merged = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in thetas[0].items()}
 
     def merge_piece(piece: Piece) -> None:
@@ -46,7 +46,7 @@ def merge_tensors(method: Method, settings: Mapping[str, Any], weights: Sequence
         if scale == 0.0:
             result = tensors.theta_0
         else:
-            result = merge(tensors)
+            result = made.result(tensors)
             if scale != 1.0:
                 result = torch.lerp(tensors.theta_0, result, scale)
         target = merged[piece.name]
@@ -61,7 +61,7 @@ def merge_tensors(method: Method, settings: Mapping[str, Any], weights: Sequence
     done = in_parallel(merge_piece, pieces)
     for _ in tqdm(done, desc=method.name, total=len(pieces), delay=3, disable=not progress):
         pass
-    return Found(merged, found)
+    return Found(merged, made.found)
 
 
 def _pieces(name: str, size: int, by_entry: bool) -> list[Piece]:

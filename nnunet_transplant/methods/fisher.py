@@ -1,5 +1,6 @@
 """Fisher-weighted averaging: each weight counts as much as the model's predictions depend on it."""
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -28,7 +29,7 @@ def fisher(vectors: TaskVectors, experts: Experts,
            seed: Seed = 0) -> Callable[[Tensors], torch.Tensor]:
     """sum_t w_t F_t theta_t / sum_t w_t F_t, entry by entry."""
     information = [experts.once(("fisher", model, labels, seed),
-                                lambda model=model: diagonal(experts, model, vectors.names, labels, seed))
+                                partial(diagonal, experts, model, vectors.names, labels, seed))
                    for model in range(len(vectors.thetas))]
 
     def merge(tensors: Tensors) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from torch import fx, nn
 
-from nnunet_transplant.alignment.graph import Run, exported, input_shape, meta_network, tensor_names
+from nnunet_transplant.alignment.graph import Node, Run, exported, input_shape, meta_network, tensor_names
 from nnunet_transplant.architecture import Network
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.methods.linear import average
@@ -34,8 +34,8 @@ _NORMS = (*_INSTANCE, torch.ops.aten.batch_norm.default)
 @dataclass(frozen=True)
 class Layer:
     """A convolution in the graph, and the norm that follows it, if one does."""
-    node: fx.Node
-    norm: fx.Node | None
+    node: Node
+    norm: Node | None
     weight: str
     bias: str | None
     scale: str | None   # of the norm
@@ -54,26 +54,27 @@ class Layer:
 
 def layers(program: Any, names: list[str]) -> list[Layer]:
     """The convolutions whose kernel is among the names, in the order of the graph."""
-    tensor = tensor_names(program)
+    names_of = tensor_names(program)
 
     def name(node: Any) -> str | None:
-        return tensor.get(node.name) if isinstance(node, fx.Node) else None
+        return names_of.get(node.name) if isinstance(node, fx.Node) else None
     found = []
     for node in program.graph.nodes:
         if node.target not in (*_CONVOLUTIONS, *_TRANSPOSED) or name(node.args[1]) not in names or not _plain(node):
             continue
         norm = next((user for user in node.users if user.target in _NORMS), None)
         of_norm = [None] * 4 if norm is None else [name(argument) for argument in norm.args[1:5]]
-        found.append(Layer(node, norm, name(node.args[1]), name(node.args[2]) if len(node.args) > 2 else None,
+        found.append(Layer(node, norm, names_of[node.args[1].name], name(node.args[2]) if len(node.args) > 2 else None,
                            *of_norm))
     return found
 
 
-def _plain(node: fx.Node) -> bool:
+def _plain(node: Node) -> bool:
     """Neither dilated nor in groups; a transposed one has its kernel as its stride."""
     if node.target in _TRANSPOSED:
         return list(node.args[3]) == list(node.args[1].meta["val"].shape[2:])
-    dilation, groups = [*node.args[5:7], *([[1], 1][len(node.args[5:7]):])]
+    given = node.args[5:7]
+    dilation, groups = given[0] if given else [1], given[1] if len(given) > 1 else 1
     return set(dilation) == {1} and groups == 1
 
 
@@ -93,7 +94,8 @@ def refit(vectors: TaskVectors, experts: Experts,
               for name in vectors.names}
     # the merged heads have the rows of all tasks; what they say is not looked at
     network = {**models[0], **merged}
-    run, found = Run(program), {}
+    run = Run(program)
+    found: dict[str, torch.Tensor] = {}
     for layer in experts.bar(layers(program, vectors.names), "layers"):
         sums = LeastSquares(network[layer.weight], layer.transposed)
         generator = torch.Generator().manual_seed(seed)
@@ -116,7 +118,7 @@ def look(run: Run, layer: Layer, networks: Sequence[Network],
          image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """What a layer reads in the last of the networks; what it makes in each of the others, behind the norm, and what an
     instance norm divides its units by, 1 without one."""
-    inputs, spreads = None, []
+    inputs, spreads = torch.empty(0), [torch.empty(0)]  # found before the loop ends
     for node, values in run(networks, image):
         if node is layer.node:
             inputs = values[-1][node.args[0]]
@@ -141,11 +143,11 @@ def rows(layer: Layer, inputs: torch.Tensor, target: torch.Tensor, positions: in
         windows, outputs = windows_of(padded, kernel, stride), target[0][(..., *[None] * len(kernel))]
     size = windows.shape[1:1 + len(kernel)]
     chosen = torch.unravel_index(choose(size.numel(), positions, generator), size)
-    at = (slice(None), *(index.to(inputs.device) for index in chosen))
+    at: tuple[Any, ...] = (slice(None), *(index.to(inputs.device) for index in chosen))
     return windows[at].transpose(0, 1).flatten(1), outputs[at].transpose(0, 1).flatten(1)
 
 
-def _geometry(node: fx.Node) -> tuple[list[int], list[int]]:
+def _geometry(node: Node) -> tuple[list[int], list[int]]:
     """Stride and padding."""
     dims = node.args[1].meta["val"].dim() - 2
     stride = list(node.args[3]) if len(node.args) > 3 else [1] * dims
@@ -210,8 +212,9 @@ def solve(layer: Layer, sums: LeastSquares, network: Network, ridge: float) -> d
     else:
         total = sums.gram + sums.between - sums.count * torch.outer(mean_x, mean_x)
         variance = (kernel * (total @ kernel)).sum(0).clamp(min=TINY) / sums.count
-        found[layer.mean], found[layer.variance] = mean_x @ kernel, variance
+        if layer.mean is not None and layer.variance is not None:
+            found[layer.mean], found[layer.variance] = mean_x @ kernel, variance
         scale = (kernel * sums.right).sum(0) / made * variance.sqrt()
-    if layer.scale is not None:
+    if layer.scale is not None and layer.shift is not None:
         found[layer.scale], found[layer.shift] = scale, mean_y
     return found

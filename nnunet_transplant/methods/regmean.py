@@ -6,7 +6,8 @@ kernel). W = (sum_t w_t G_t)^-1 sum_t w_t G_t W_t with G_t = X_t^T X_t, its entr
 paper's alpha).
 """
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, cast
+from functools import partial
+from typing import Annotated, Any, cast
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def regmean(vectors: TaskVectors, experts: Experts,
                                     Range(0.0, 1.0)] = 0.9,
             positions: Positions = 1024, seed: Seed = 0) -> Callable[[Tensors], torch.Tensor]:
     """The solution for kernels, the weighted mean for everything else."""
-    layers = {name: module for name, module in module_weights(experts.network(0)).items()
+    layers = {name: cast(Convolution, module) for name, module in module_weights(experts.network(0)).items()
               if name in vectors.names and is_linear(module)}
     parts = list(groups(layers))
     keep = len(parts) == 1 and len(vectors.thetas) * sum(map(gram_size, layers.values())) <= BUDGET
@@ -40,8 +41,7 @@ def regmean(vectors: TaskVectors, experts: Experts,
     for names in parts:
         sums = {name: Sums(as_matrix(layers[name].weight, layers[name])) for name in names}
         for model, weight in enumerate(vectors.weights):
-            def seen(model: int = model, names: Sequence[str] = names) -> dict[str, torch.Tensor]:
-                return grams(experts, model, names, positions, seed)
+            seen = partial(grams, experts, model, names, positions, seed)
             for name, gram in (experts.once(("grams", model, positions, seed), seen) if keep else seen()).items():
                 theta = vectors.thetas[model][name].float().to(experts.device)
                 sums[name].add(gram, as_matrix(theta, layers[name]), weight, off_diagonal)
@@ -83,7 +83,8 @@ def gram_size(layer: Convolution) -> int:
 
 def groups(layers: Mapping[str, Convolution]) -> Iterator[list[str]]:
     """The layers, so many at a time that their Gram matrices keep to the budget (one at least)."""
-    group, used = [], 0
+    group: list[str] = []
+    used = 0
     for name, layer in layers.items():
         size = gram_size(layer)
         if group and used + size > BUDGET:
@@ -153,7 +154,8 @@ def input_rows(layer: Convolution, inputs: torch.Tensor, positions: int, generat
     windows = windows_of(padded, layer.kernel_size, layer.stride)
     output = windows.shape[1:padded.dim()]
     chosen = torch.unravel_index(choose(output.numel(), positions, generator), output)
-    rows = windows[(slice(None), *(index.to(inputs.device) for index in chosen))]  # (channels, positions, *kernel)
+    at: tuple[Any, ...] = (slice(None), *(index.to(inputs.device) for index in chosen))
+    rows = windows[at]  # (channels, positions, *kernel)
     return rows.transpose(0, 1).flatten(1)
 
 
