@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import merge, merge_networks, numpy_taus, plain_disjoint_mean, tensors
 
-from nnunet_transplant.merging.vectors import BLOCK
+from nnunet_transplant.vectors import BLOCK
 
 SIGMAS = 5  # random numbers are of fixed seeds: what holds once holds always
 

@@ -4,14 +4,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from expert_models import experts_of, with_merged_heads
 from factory import base_network, write_model, write_volumes
-from test_calibration import opened
 
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import Recipe, Volumes, merge_folders
-from nnunet_transplant.merging.coefficients import START, descend, entropy, segmentation_loss
-from nnunet_transplant.merging.vectors import TaskVectors
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.loss import Loss, segmentation_loss
+from nnunet_transplant.merger import merge_folders
+from nnunet_transplant.methods.coefficients import START, descend, entropy
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.vectors import TaskVectors
+from nnunet_transplant.volumes import Volumes
 
 LABELS = {"background": 0, "A": 1, "B": 2}
 
@@ -48,16 +52,20 @@ def test_entropy_is_its_definition(regions: bool) -> None:
     assert torch.isfinite(entropy(extreme, rows, regions))
 
 
+def loss_of(experts: Experts) -> Loss:
+    return segmentation_loss(experts.plans, experts.dataset_json, experts.configuration.batch_dice, experts.device)
+
+
 @pytest.mark.parametrize("per", ["task", "tensor"])
 def test_the_gradient_is_that_of_the_coefficients(tmp_path: Path, models: list[Path], per: str) -> None:
     """Adam's first step goes by lr against the sign of the gradient: compared with differences of the loss."""
-    calibration = opened(tmp_path, models, Volumes([501], 1))
-    thetas = [{name: model.tensors()[name] for name in model.layout.body} for model in calibration.models]
-    vectors = TaskVectors(calibration.models[0].theta_0(), thetas, [0.4, 0.2])
-    found = descend(vectors, calibration, lambda logits, _: logits.square().mean(), per, iterations=1, lr=1e-3, seed=0)
-    network = calibration.merged_network().double()
+    experts = experts_of(models, Volumes([501], 1))
+    thetas = [{name: model.tensors()[name] for name in model.layout.body} for model in experts.models]
+    vectors = TaskVectors(experts.models[0].theta_0(), thetas, [0.4, 0.2])
+    found = descend(vectors, experts, lambda logits, _: logits.square().mean(), per, iterations=1, lr=1e-3, seed=0)
+    network = experts.merged_network(with_merged_heads(experts)).double()
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    image = calibration.images(calibration.patches[:1]).double()
+    image = experts.images(experts.patches[:1]).double()
 
     def loss(coefficients: dict[str, list[float]]) -> float:
         for name in vectors.names:
@@ -81,24 +89,24 @@ def test_the_gradient_is_that_of_the_coefficients(tmp_path: Path, models: list[P
 
 
 def test_learned_coefficients_lower_nnunets_loss_and_are_recorded(tmp_path: Path, models: list[Path]) -> None:
-    calibration = opened(tmp_path, models, Volumes([501], 2))
-    loss = segmentation_loss(calibration)
+    experts = experts_of(models, Volumes([501], 2))
+    loss = loss_of(experts)
 
     def of(weights: dict[str, torch.Tensor]) -> float:
-        network = calibration.merged_network()
+        network = experts.merged_network(with_merged_heads(experts))
         network.load_state_dict(weights)
         with torch.no_grad():
-            return float(loss(network(calibration.images(calibration.patches)), list(calibration.patches)))
+            return float(loss(network(experts.images(experts.patches)), list(experts.patches)))
     start = merge_folders(models, recipe=Recipe("task_arithmetic", weights=[START, START]))["all"]
     recipe = Recipe("learned", parameters={"per": "task", "iterations": 20, "lr": 0.05}, volumes=Volumes([501], 2))
     learned = merge_folders(models, recipe=recipe)["all"]
-    assert of(learned.weights) < of(start.weights)
-    coefficients = learned.provenance["volumes"]["coefficients"]
+    assert of(learned.state_dict) < of(start.state_dict)
+    coefficients = learned.provenance["found"]["coefficients"]
     assert len(coefficients) == 2 and coefficients != [START, START]
     by_hand = merge_folders(models, recipe=Recipe("task_arithmetic", weights=coefficients))["all"]
     body = open_models(models[0])[0].layout.body
     for name in body:
-        torch.testing.assert_close(learned.weights[name], by_hand.weights[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(learned.state_dict[name], by_hand.state_dict[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["adamerging", "learned"])
@@ -108,20 +116,20 @@ def test_without_a_step_the_start_comes_out(models: list[Path], method: str) -> 
                                                  volumes=Volumes([501], 1)))["all"]
     first = open_models(models[0])[0]
     for name in first.layout.body:
-        torch.testing.assert_close(merged.weights[name], first.tensors()[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(merged.state_dict[name], first.tensors()[name], rtol=1e-5, atol=1e-6)
 
 
 def test_adamerging_makes_the_model_more_decided(tmp_path: Path, models: list[Path]) -> None:
-    calibration = opened(tmp_path, models, Volumes([501], 1))
+    experts = experts_of(models, Volumes([501], 1))
 
     def of(weights: dict[str, torch.Tensor]) -> float:
-        network = calibration.merged_network()
+        network = experts.merged_network(with_merged_heads(experts))
         network.load_state_dict(weights)
         with torch.no_grad():
-            return float(entropy(network(calibration.images(calibration.patches)), [1, 2], False))
+            return float(entropy(network(experts.images(experts.patches)), [1, 2], False))
     start = merge_folders(models, recipe=Recipe("task_arithmetic", weights=[START, START]))["all"]
     recipe = Recipe("adamerging", parameters={"iterations": 15, "lr": 0.05}, volumes=Volumes([501], 1))
-    assert of(merge_folders(models, recipe=recipe)["all"].weights) < of(start.weights)
+    assert of(merge_folders(models, recipe=recipe)["all"].state_dict) < of(start.state_dict)
 
 
 def test_the_loss_leaves_out_ignored_voxels(tmp_path: Path, models: list[Path]) -> None:
@@ -132,8 +140,8 @@ def test_the_loss_leaves_out_ignored_voxels(tmp_path: Path, models: list[Path]) 
     regions = write_model(tmp_path / "regions", {"background": 0, "whole": [1, 2], "core": 2}, [1, 2],
                           nnunet_transplant={"classes": {"whole": ["a", "b"], "core": ["b"]}})
     for group, dataset in ((models, 502), ([regions], 503)):
-        calibration = opened(tmp_path, group, Volumes([dataset], 1))
-        loss, patches = segmentation_loss(calibration), list(calibration.patches)
+        experts = experts_of(group, Volumes([dataset], 1))
+        loss, patches = loss_of(experts), list(experts.patches)
         logits = torch.randn(1, 3 if dataset == 502 else 2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
         changed = torch.where(torch.from_numpy(patches[0].values == 3), 7.0, logits)
         assert float(loss(changed, patches)) == pytest.approx(float(loss(logits, patches)), rel=1e-6)

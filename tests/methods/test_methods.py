@@ -5,6 +5,7 @@ The definitions of the other methods are tested beside this file, family by fami
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +21,17 @@ from cases import (
     networks,
     tensors,
 )
+from factory import write_model
 
+from nnunet_transplant import vectors
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merging import METHODS, Method, vectors
-from nnunet_transplant.merging.apply import merge_tensors
-from nnunet_transplant.merging.registry import FREE_SUM, RATIOS, find
-from nnunet_transplant.merging.vectors import BLOCK
+from nnunet_transplant.merger import Merger
+from nnunet_transplant.methods import METHODS, Method
+from nnunet_transplant.methods.apply import merge_tensors
+from nnunet_transplant.methods.registry import FREE_SUM, RATIOS
+from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.vectors import BLOCK
 
 Change = Callable[..., torch.Tensor]
 
@@ -306,7 +312,7 @@ def test_the_number_of_threads_makes_no_difference(name: str) -> None:
     ("dare", None, {"density": 0.0}, "between 0.0001 and 1"),
     ("della", None, {"epsilon": "much"}, "must be a number"),
     ("consensus", None, {"k": 0}, "between 1 and 1000"),
-    ("average", None, {"density": 0.5}, "has no -density"),
+    ("average", None, {"density": 0.5}, "average has no -density"),
 ])
 def test_wrong_weights_and_parameters_are_refused(name: str, weights: list | None, given: dict, message: str) -> None:
     theta_0, thetas = tensors((3,), 2)
@@ -314,26 +320,33 @@ def test_wrong_weights_and_parameters_are_refused(name: str, weights: list | Non
         merge(name, theta_0, thetas, weights, **given)
 
 
-def test_numbers_of_models_are_refused() -> None:
+def test_numbers_of_models_are_refused(tmp_path: Path) -> None:
+    model = [open_models(write_model(tmp_path / "m"))]
     with pytest.raises(TransplantError, match="slerp merges at most 2 models, not 3"):
-        find("slerp").check_models(3, False)
-    find("slerp").check_models(2, False)
-    with pytest.raises(TransplantError, match="rebasin aligns models with each other: it needs at least two"):
-        find("rebasin").check_models(1, False)
+        Merger(model * 3, Recipe("slerp"))
+    Merger(model * 2, Recipe("slerp"))
+    with pytest.raises(TransplantError, match="models are aligned with each other: it needs at least two"):
+        Merger(model, Recipe(align="rebasin"))
     with pytest.raises(TransplantError, match="fisher needs volumes to look at: give -d"):
-        find("fisher").check_models(2, False)
+        Merger(model * 2, Recipe("fisher"))
 
 
 def test_unknown_method_names_the_known_ones() -> None:
-    with pytest.raises(TransplantError, match="average, task_arithmetic, ties"):
-        find("magic")
+    with pytest.raises(TransplantError, match="there is no merging method 'magic'; choose from average, "
+                       "task_arithmetic, ties"):
+        METHODS.find("magic")
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
-def test_every_method_declares_itself(method: Method) -> None:
-    assert method.summary and method.reference
-    for parameter in method.parameters:
-        assert parameter.help and parameter.check(parameter.default) == parameter.default
+def test_settings_are_applied_one_by_one() -> None:
+    """The options of a method, by their names, are what its function is called with: of a method with and without
+    whole networks."""
+    theta_0, (theta,) = networks(1)
+    for name, settings in (("dare", {"density": 1.0, "lambda": 0.5, "combine": "linear", "seed": 0}),
+                           ("ties", {"density": 1.0, "lambda": 0.5, "trim": "vector"})):
+        merged = merge_tensors(METHODS[name], settings, [1.0], theta_0, [theta]).result
+        assert_close(merged, {key: torch.lerp(theta_0[key], tensor, 0.5) for key, tensor in theta.items()})
+        with pytest.raises(TypeError):
+            merge_tensors(METHODS[name], {**settings, "lambda": 0.5, "other": 1}, [1.0], theta_0, [theta])
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
@@ -346,8 +359,8 @@ def test_weights_are_what_the_rule_says(method: Method) -> None:
             return True
 
     text = method.weights_rule.text
-    assert refused(1.5, -0.5) == ("not negative" in text or text == "none")
-    assert refused(0.5, 0.7) == ("sum to 1" in text or text == "none")
+    assert refused(1.5, -0.5) == ("not negative" in text)
+    assert refused(0.5, 0.7) == ("sum to 1" in text)
     assert not refused(0.5, 0.5)
     default = re.search(r"default ([\d.]+)$", text)
     for models in (1, 2, 3):
@@ -365,6 +378,6 @@ def test_the_size_of_free_weights_counts(name: str) -> None:
 
 def test_a_merge_beyond_the_range_of_its_type_is_refused() -> None:
     theta_0, theta = torch.zeros(3, dtype=torch.float16), torch.full((3,), 6e4, dtype=torch.float16)
-    method = find("task_arithmetic")
+    method = METHODS.find("task_arithmetic")
     with pytest.raises(TransplantError, match="beyond the range of torch.float16"):
         merge_tensors(method, {}, [2.0], {"a": theta_0}, [{"a": theta}])

@@ -8,10 +8,11 @@ from factory import random_network, small_plans, write_model, write_volumes
 from torch.nn import functional
 
 from nnunet_transplant.alignment.graph import exported, input_shape, meta_network
-from nnunet_transplant.merging import Recipe, Volumes, merge_folders
-from nnunet_transplant.merging.calibration import open_calibration
-from nnunet_transplant.merging.refit import Layer, Sums, layers, rows, solve
+from nnunet_transplant.merger import merge_folders
+from nnunet_transplant.methods.refit import Layer, LeastSquares, layers, rows, solve
 from nnunet_transplant.model_folder import TrainedModel, open_models
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.volumes import Volumes, open_patches
 
 LABELS = {"background": 0, "Liver": 1, "Spleen": 2, "left": 3, "right": 4}
 
@@ -72,7 +73,7 @@ def test_the_kernel_is_the_ridge_solution() -> None:
     """(X^T X + r I)^-1 (X^T Y + r W_0 a), X and Y without the means of each patch, a the best scale of each output."""
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.standard_normal((3, 2, 2, 2))).float()
-    sums, centred_x, centred_y = Sums(weight, False), [], []
+    sums, centred_x, centred_y = LeastSquares(weight, False), [], []
     for patch in range(3):
         x = rng.standard_normal((20, 8)) + 5 * patch
         y = rng.standard_normal((20, 3)) - patch
@@ -95,7 +96,7 @@ def test_the_norm_gets_the_scale_and_shift_of_least_squares(tmp_path: Path) -> N
     layer = layers_of(model)[1]
     tensors = {name: tensor.float() for name, tensor in model.tensors().items()}
     weight = tensors[layer.weight]
-    sums = Sums(weight, False)
+    sums = LeastSquares(weight, False)
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(400, weight[0].numel(), generator=rng)
     y = x @ torch.randn(x.shape[1], len(weight), generator=rng) + 3 * torch.randn(400, len(weight), generator=rng) + 7
@@ -119,7 +120,7 @@ def test_equal_models_stay_the_same_function(tmp_path: Path, volumes: Volumes, d
     network = random_network(plans, merged.dataset_json, 0).eval()
     image = torch.randn(1, 1, *[32] * dim)
     outputs = []
-    for weights in (opened(model).state_dict(), merged.weights):
+    for weights in (opened(model).state_dict(), merged.state_dict):
         network.load_state_dict(weights)
         with torch.no_grad():
             outputs.append(network(image)[0])
@@ -134,10 +135,9 @@ def test_batch_norms_get_the_statistics_of_what_their_new_kernels_make(tmp_path:
     model = write_model(tmp_path / "m", LABELS, plans=plans, seed=3)
     first = layers_of(opened(model))[0]
     merged = merge_folders([model, model], recipe=Recipe("refit", volumes=volumes, parameters={
-        "positions": 10 ** 6}))["all"].weights
-    calibration = open_calibration(volumes, [opened(model)], opened(model).dataset_json, {}, opened(model).trainer)
+        "positions": 10 ** 6}))["all"].state_dict
     made = [getattr(functional, f"conv{dim}d")(patch.image[None], merged[first.weight], padding=1)[0].flatten(1)
-            for patch in calibration.patches]
+            for patch in open_patches(volumes, opened(model))]
     made = torch.cat(made, 1)
     torch.testing.assert_close(merged[first.mean], made.mean(1), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(merged[first.variance], made.var(1, correction=0), rtol=1e-3, atol=1e-4)
@@ -148,11 +148,11 @@ def test_it_is_nearer_to_the_models_than_their_average(tmp_path: Path, volumes: 
     models = [write_model(tmp_path / name, LABELS, seed=seed) for seed, name in enumerate("ab")]
     opened_models = [opened(model) for model in models]
     first = layers_of(opened_models[0])[0]
-    calibration = open_calibration(volumes, opened_models, opened_models[0].dataset_json, {}, opened_models[0].trainer)
+    patches = open_patches(volumes, opened_models[0])
 
     def behind_the_norm(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         outputs = []
-        for patch in calibration.patches:
+        for patch in patches:
             made = functional.conv3d(patch.image[None], weights[first.weight], weights[first.bias], padding=1)
             outputs.append(functional.instance_norm(made, weight=weights[first.scale], bias=weights[first.shift]))
         return torch.cat(outputs)
@@ -160,6 +160,6 @@ def test_it_is_nearer_to_the_models_than_their_average(tmp_path: Path, volumes: 
     errors = {}
     for method, parameters in (("average", {}), ("refit", {"ridge": 1e-4, "positions": 10 ** 6})):
         recipe = Recipe(method, parameters=parameters, volumes=volumes if parameters else None)
-        merged = merge_folders(models, recipe=recipe)["all"].weights
+        merged = merge_folders(models, recipe=recipe)["all"].state_dict
         errors[method] = float((behind_the_norm(merged) - target).square().mean())
     assert errors["refit"] < errors["average"]

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from nnunet_transplant.merging import METHODS, Method
-from nnunet_transplant.merging.apply import merge_tensors
+from nnunet_transplant.methods import METHODS, Method
+from nnunet_transplant.methods.apply import merge_tensors
+from nnunet_transplant.recipe import Recipe
 
 Network = dict[str, torch.Tensor]
 
-DATA_FREE = [name for name, method in METHODS.items() if not method.needs_data and method.align is None]
+DATA_FREE = [name for name, method in METHODS.items() if not method.looks]
 
 # Vectors, matrices, kernels of 2d and 3d convolutions; one entry and none in every rank.
 SHAPES = [(), (1,), (2,), (5,), (0,), (1, 1), (4, 6), (6, 4), (1, 7), (7, 1), (0, 3), (3, 0), (3, 2, 3, 3),
@@ -36,7 +37,8 @@ def networks(count: int, shapes: Sequence[Sequence[int]] = SHAPES, seed: int = 0
 def merge_networks(name: str, theta_0: Network | None, thetas: Sequence[Network],
                    weights: Sequence[float] | None = None, **given: object) -> Network:
     method = METHODS[name]
-    return merge_tensors(method, method.settings(given), method.weights(weights, len(thetas)), theta_0, thetas)
+    settings = Recipe(name, parameters=given).settings()[name]
+    return merge_tensors(method, settings, method.weights(weights, len(thetas)), theta_0, thetas).result
 
 
 def merge(name: str, theta_0: torch.Tensor, thetas: Sequence[torch.Tensor], weights: Sequence[float] | None = None,
@@ -56,8 +58,9 @@ def has_seed(method: Method) -> bool:
 
 def extremes(method: Method) -> Iterator[dict[str, object]]:
     """The defaults, every parameter at each end of what is allowed, and all of them at their lowest and highest."""
-    ends = {parameter.name: list(parameter.choices) or
-            [parameter.kind(parameter.low), parameter.kind(parameter.high if parameter.kind is float else 50)]
+    ends = {parameter.name: list(parameter.choices) if parameter.range is None else
+            [parameter.kind(parameter.range.low),
+             parameter.kind(parameter.range.high if parameter.kind is float else 50)]
             for parameter in method.parameters}
     yield {}
     for name, values in ends.items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import merge, numpy_taus, tensors
 
-from nnunet_transplant.merging.spectral import nearest_orthogonal, thin_svd
+from nnunet_transplant.methods.spectral import nearest_orthogonal, thin_svd
 
 MATRICES = [(8, 12), (12, 8), (8, 2, 3, 3), (8, 16, 1, 1), (16, 1, 2, 2, 2), (6, 1), (1, 6), (1, 1)]
 NO_MATRICES = [(1,), (5,), ()]

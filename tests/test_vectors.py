@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import networks
 
-from nnunet_transplant.merging.vectors import (
+from nnunet_transplant.vectors import (
     BLOCK,
     TaskVectors,
     at_least,
@@ -129,7 +129,10 @@ def test_task_vectors_are_differences_in_float32(dtype: torch.dtype) -> None:
 def test_without_a_base_there_are_only_models() -> None:
     _, thetas = networks(2)
     block = TaskVectors(None, thetas, [1.0, 1.0]).block("3", 1, 4)
-    assert block.theta_0 is None and torch.equal(block.thetas[1], thetas[1]["3"][1:4])
+    assert block.base is None and torch.equal(block.thetas[1], thetas[1]["3"][1:4])
+    for asks in (lambda: block.theta_0, lambda: block.taus, lambda: TaskVectors(None, thetas, [1.0, 1.0]).theta_0):
+        with pytest.raises(AssertionError, match="does not declare that it needs the base"):
+            asks()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
