@@ -1,13 +1,15 @@
-"""Running statistics of batch norms after a merge."""
+"""The networks of the models that are merged, and the running statistics of batch norms after a merge."""
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK
 import torch
-from factory import write_volumes
+from expert_models import experts_of, experts_with, with_merged_heads
+from factory import base_network, write_model, write_volumes
 from permuted import (
     LABELS,
     assert_close,
@@ -22,21 +24,50 @@ from permuted import (
     write,
 )
 
+from nnunet_transplant.alignment import ALIGNERS
 from nnunet_transplant.data.cases import Cases
-from nnunet_transplant.merging import METHODS, Recipe, merge_folders
-from nnunet_transplant.merging.calibration import Calibration, Patch, Volumes
-from nnunet_transplant.merging.statistics import has_running_statistics, recomputed
+from nnunet_transplant.experts import Experts, has_running_statistics, running_statistics
+from nnunet_transplant.merger import merge_folders
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.volumes import Patch, Volumes
 
 PLANS = plans_of("batch2d")
 FIRST = "decoder.encoder.stages.0.0.convs.0.all_modules"
 VOLUMES = Volumes([501], 2)
 
 
-def calibration_of(folder: Path, images: Sequence[torch.Tensor]) -> Calibration:
-    model = open_models(folder)[0]
-    patches = [Patch(image, None, Cases("Dataset001_X", {}, {})) for image in images]
-    return Calibration([model], [model.tensors()], model.dataset_json, {}, model.trainer, patches, Volumes([1]))
+def test_networks_are_the_models_own(tmp_path: Path, nnunet_folders: None) -> None:
+    write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "Liver": 1, "Spleen": 2})
+    base = base_network()
+    models = [write_model(tmp_path / name, {"background": 0, name: 1}, base=base, seed=i)
+              for i, name in enumerate(("Liver", "Spleen"))]
+    experts = experts_of(models, Volumes([501], 1))
+    for index, path in enumerate(models):
+        state = torch.load(path / "fold_0" / "checkpoint_final.pth", weights_only=False)["network_weights"]
+        for name, tensor in experts.network(index).state_dict().items():
+            assert torch.equal(tensor, state[name]), name
+    assert experts.merged_network(with_merged_heads(experts)).decoder.seg_layers[-1].weight.shape[0] == 3
+
+
+def test_what_is_kept_is_forgotten_with_other_tensors(tmp_path: Path) -> None:
+    """What is looked up once may depend on the tensors; it is another thing for others."""
+    experts = experts_with([write_model(tmp_path / "m", {"background": 0, "Liver": 1})], [])
+    made = []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+    assert [experts.once(key, make) for key in ("a", ("a", 1), "a", ("a", 1))] == [0, 1, 0, 1]
+    moved = replace(experts, tensors=[dict(experts.tensors[0])])
+    assert moved.once("a", make) == 2 and experts.once("a", make) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running statistics
+
+def expert_on(folder: Path, images: Sequence[torch.Tensor]) -> Experts:
+    return experts_with([folder], [Patch(image, None, Cases("Dataset001_X", {}, {})) for image in images])
 
 
 def images_of(count: int) -> list[torch.Tensor]:
@@ -59,10 +90,10 @@ def folder(tmp_path: Path) -> Path:
 def test_the_first_norm_gets_the_statistics_of_the_patches(folder: Path, count: int) -> None:
     """Of one batch of two they are those of its voxels, of several the mean over the batches, which is what a batch
     norm is to expect of a batch."""
-    calibration, images = calibration_of(folder, images_of(count)), images_of(count)
-    tensors = calibration.tensors[0]
-    network = calibration.network(0)
-    found = recomputed(calibration, network)
+    experts, images = expert_on(folder, images_of(count)), images_of(count)
+    tensors = experts.tensors[0]
+    network = experts.network(0)
+    found = running_statistics(experts, network)
     layer = tensors[f"{FIRST}.0.weight"], tensors[f"{FIRST}.0.bias"]
     batches = [plain_statistics(torch.stack(images[i:i + 2]), *layer) for i in range(0, count, 2)]
     mean, var = (np.mean(each, axis=0) for each in zip(*batches, strict=True))
@@ -77,10 +108,10 @@ def test_the_first_norm_gets_the_statistics_of_the_patches(folder: Path, count: 
 def test_every_norm_gets_the_statistics_of_what_it_meets(folder: Path) -> None:
     """With those of its own batch each makes mean 0 and variance 1 of it."""
     images = images_of(2)
-    calibration = calibration_of(folder, images)
-    network = calibration.network(0)
-    found = recomputed(calibration, network)
-    network.load_state_dict({name: (calibration.tensors[0] | found)[to] for name, to in canonical(PLANS).items()})
+    experts = expert_on(folder, images)
+    network = experts.network(0)
+    found = running_statistics(experts, network)
+    network.load_state_dict({name: (experts.tensors[0] | found)[to] for name, to in canonical(PLANS).items()})
     checked = 0
 
     def check(norm: torch.nn.BatchNorm2d, inputs: object, output: torch.Tensor) -> None:
@@ -114,15 +145,23 @@ def models(nnunet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             "copy": write(folder / "copy", PLANS, permuted(tensors, spec_of(PLANS), 1))}
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.align])
-def test_merged_with_its_permuted_copy_a_model_does_what_it_did(models: dict[str, Path], method: str) -> None:
+def merged(models: Sequence[Path], align: str, units: str,
+           volumes: Volumes | None = VOLUMES) -> dict[str, torch.Tensor]:
+    recipe = Recipe(align=align, parameters={"units": units}, volumes=volumes)
+    return merge_folders(models, recipe=recipe)["all"].state_dict
+
+
+@pytest.mark.parametrize("align", list(ALIGNERS))
+@pytest.mark.parametrize("units", ["match", "zip"])
+def test_merged_with_its_permuted_copy_a_model_does_what_it_did(models: dict[str, Path], align: str,
+                                                                units: str) -> None:
     """With volumes: what it did with the running statistics of these, each model's taken anew before."""
     original = open_models(models["original"])[0]
     state = original.tensors()
-    merged = merge_folders(list(models.values()), recipe=Recipe(method, volumes=VOLUMES))["all"].weights
-    folded = merge_folders([models["original"]] * 2, recipe=Recipe(method, volumes=VOLUMES))["all"].weights
+    both = merged(list(models.values()), align, units)
+    folded = merged([models["original"]] * 2, align, units)
     image = image_of(PLANS)
-    assert_close(logits(PLANS, LABELS, merged, image), logits(PLANS, LABELS, folded, image))
+    assert_close(logits(PLANS, LABELS, both, image), logits(PLANS, LABELS, folded, image))
     for name, tensor in state.items():  # moved or not: the weights of a model merged with itself
         if "running" not in name:
             torch.testing.assert_close(folded[name], tensor)
@@ -130,24 +169,24 @@ def test_merged_with_its_permuted_copy_a_model_does_what_it_did(models: dict[str
     assert torch.equal(folded[f"{FIRST}.1.num_batches_tracked"], state[f"{FIRST}.1.num_batches_tracked"])
 
 
-@pytest.mark.parametrize("method", ["rebasin", "weight_zip"])
-def test_without_volumes_the_running_statistics_move_with_their_units(models: dict[str, Path], method: str) -> None:
-    merged = merge_folders(list(models.values()), recipe=Recipe(method))["all"].weights
+@pytest.mark.parametrize("units", ["match", "zip"])
+def test_without_volumes_the_running_statistics_move_with_their_units(models: dict[str, Path], units: str) -> None:
+    both = merged(list(models.values()), "rebasin", units, volumes=None)
     image = image_of(PLANS)
     original = open_models(models["original"])[0].weights
-    assert_close(logits(PLANS, LABELS, merged, image), logits(PLANS, LABELS, original, image))
+    assert_close(logits(PLANS, LABELS, both, image), logits(PLANS, LABELS, original, image))
 
 
 def test_the_merged_network_gets_statistics_of_its_own(models: dict[str, Path], tmp_path: Path) -> None:
     """Of models that differ the mean of the statistics fits nothing."""
     other = write(tmp_path / "other", PLANS, tensors_of(network_of(PLANS, seed=5), canonical(PLANS)))
-    merged = merge_folders([models["original"], other], recipe=Recipe("activation_align", volumes=VOLUMES))["all"]
-    layer = merged.weights[f"{FIRST}.0.weight"], merged.weights[f"{FIRST}.0.bias"]
+    found = merged([models["original"], other], "activation", "match")
+    layer = found[f"{FIRST}.0.weight"], found[f"{FIRST}.0.bias"]
     images = preprocessed(0) + preprocessed(1)
     batches = [plain_statistics(torch.stack(images[i:i + 2]), *layer) for i in range(0, len(images), 2)]
     mean, var = (np.mean(each, axis=0) for each in zip(*batches, strict=True))
-    np.testing.assert_allclose(merged.weights[f"{FIRST}.1.running_mean"], mean, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(merged.weights[f"{FIRST}.1.running_var"], var, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[f"{FIRST}.1.running_mean"], mean, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[f"{FIRST}.1.running_var"], var, rtol=1e-3, atol=1e-4)
 
 
 def preprocessed(case: int) -> list[torch.Tensor]:
