@@ -63,7 +63,7 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
         if given and weights is None and method in (None, file.recipe.method):
             _check_weights_of(recipe, file, given)
         given = given or list(file.models)
-    elif drop:
+    if drop and earlier is None:
         raise TransplantError("-drop leaves out models of an earlier merge: give it with -from")
     kept = before.without(drop)
     wanted = _changed(before.recipe, align, method, fit, parameters)
