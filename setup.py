@@ -27,6 +27,7 @@ setup(
         "SimpleITK>=2.2.1",
         "batchgenerators>=0.25.1",
         "dynamic-network-architectures>=0.4.4",
+        "acvl-utils>=0.2.5",
         "scipy>=1.11",
         "matplotlib>=3.8",
         "pandas>=2.0",
@@ -36,7 +37,7 @@ setup(
         "cmaes>=0.11",
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.6", "setuptools>=77"],
+        "test": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "setuptools>=77"],
         "benchmark": ["mergekit>=0.1.5", "fusion_bench>=0.2.33"],  # what benchmarks/merge_speed.py compares with
     },
     entry_points={
