@@ -27,7 +27,7 @@ setup(
         "SimpleITK>=2.2.1",
         "batchgenerators>=0.25.1",
         "dynamic-network-architectures>=0.4.4",
-        "acvl-utils>=0.2.5",
+        "acvl-utils>=0.2.6",
         "scipy>=1.11",
         "matplotlib>=3.8",
         "pandas>=2.0",
