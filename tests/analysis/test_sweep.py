@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,18 +16,23 @@ from factory import base_network, dataset_json, small_plans, write_model, write_
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from nnunet_transplant.alignment import ALIGNERS
 from nnunet_transplant.analysis import sweep as sweeps
 from nnunet_transplant.analysis.scoring import MergedNetwork
 from nnunet_transplant.analysis.sweep import Plan, split_cases, sweep
 from nnunet_transplant.checkpoint import read
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures import sweep as drawing
-from nnunet_transplant.merging import Recipe, merge_folders
+from nnunet_transplant.merger import Merger, merge_folders
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.volumes import N_CASES, Volumes
 
 DATASET = "Dataset700_Small"
 LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
 GRID_OF_3 = Plan(grid=3)
-FILES = ["study.log", "sweep.csv", "sweep.json", "sweep.png", "table.txt", "weights.json"]
+FILES = ["recipe.json", "study.log", "sweep.csv", "sweep.json", "sweep.png", "table.txt"]
+ARITHMETIC = Recipe("task_arithmetic")
+FITTED = Recipe("task_arithmetic", fit=["head"])
 
 
 @pytest.fixture
@@ -118,18 +124,23 @@ def test_a_grid_sweep(dataset: Path, models: list[Path], tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("fit", [False, True])
 def test_scores_are_those_of_the_merge(dataset: Path, models: list[Path], tmp_path: Path, fit: bool) -> None:
-    """The reporting cases of the best, from the weights file through the merge command and a network of its own."""
-    found = run(models, tmp_path / "out", Plan(trials=4, sampler="tpe"), fit_head=fit)
-    assert found["fit_head"] == ("with its head fitted" in (tmp_path / "out" / "table.txt").read_text()) == fit
-    run_merge("-m", *models, "-weights", f"@{tmp_path / 'out' / 'weights.json'}", "-o", tmp_path / "merged",
-              *(["--fit_head", "-d", DATASET, "-cases", "train:0"] if fit else []))
+    """The reporting cases of the best, from the recipe file through the merge command and a network of its own."""
+    found = run(models, tmp_path / "out", Plan(trials=4, sampler="tpe"), recipe=FITTED if fit else ARITHMETIC)
+    assert found["recipe"]["fit"] == (["head"] if fit else [])
+    table = (tmp_path / "out" / "table.txt").read_text()
+    assert ("Sweep of task_arithmetic + head on " if fit else "Sweep of task_arithmetic on ") in table
+    run_merge("-recipe", tmp_path / "out" / "recipe.json", "-o", tmp_path / "merged", "-device", "cpu")
     weights = read(tmp_path / "merged" / "fold_all" / "checkpoint_final.pth")["network_weights"]
     record = json.loads((tmp_path / "merged" / "merge.json").read_text())["folds"]["all"]
-    assert (record["method"], record["weights"]) == ("task_arithmetic", found["best"]["weights"])
+    assert (record["recipe"]["method"], record["recipe"]["weights"]) == ("task_arithmetic", found["best"]["weights"])
+    assert [each["path"] for each in record["inputs"]] == [
+        str(model / "fold_0" / "checkpoint_final.pth") for model in models]
+    assert record["volumes"] == ({DATASET: ["case_5"]} if fit else {})  # of those that the fold trains on
     groups = [sweeps.open_models(path) for path in models]
-    network = MergedNetwork(groups, Recipe("task_arithmetic"), None, None, sweeps.torch_device("cpu"), 1.0)
+    network = MergedNetwork(Merger(groups, ARITHMETIC), sweeps.torch_device("cpu"), 1.0)
     network.predictor.network.load_state_dict(weights)
-    cases, labelled = sweeps.open_labelled_cases(DATASET, 0, groups[0][0])
+    cases = sweeps.evaluation_cases(DATASET, 0)
+    labelled = sweeps.open_labelled_cases(cases, groups[0][0])
     (targets,), _ = sweeps.name_targets(["merged"], [[network.merged]], cases)
     for part in ("tuning", "reporting"):
         chosen = [case for case in labelled if case.name in found["cases"][part]]
@@ -175,9 +186,10 @@ def test_overwrite_starts_anew(dataset: Path, models: list[Path], tmp_path: Path
 @pytest.mark.parametrize(("change", "message"), [
     (lambda labels: {"plan": Plan(grid=3, weight_range=(0, 1))}, "other ranges"),
     (lambda labels: {"plan": Plan(grid=3, seed=1)}, "other cases"),
-    (lambda labels: {"plan": Plan(grid=3, n_cases=2)}, "other cases"),
+    (lambda labels: {"n_cases": 2}, "other cases"),
     (lambda labels: {"mirroring": True}, "other prediction options"),
-    (lambda labels: {"plan": Plan(trials=3), "method": "breadcrumbs"}, "other method or parameters"),
+    (lambda labels: {"plan": Plan(trials=3), "recipe": Recipe("breadcrumbs")}, "other steps or parameters"),
+    (lambda labels: {"recipe": FITTED}, "other steps or parameters, volumes"),
     (lambda labels: {"fold": "all"}, "other cases"),
     (lambda labels: [shutil.copy(labels / "case_5.nii.gz", labels / f"case_{i}.nii.gz") for i in (0, 1, 2, 3)] and {},
      "other cases"),
@@ -207,35 +219,66 @@ def test_parameters_are_searched_and_written(dataset: Path, models: list[Path], 
     models.append(write_model(tmp_path / "C", {"background": 0, "one": 1}, seed=3, base=base_network()))
     write_model(tmp_path / "C", {"background": 0, "one": 1}, seed=4, fold="1", base=base_network())
     plan = Plan(trials=3, searched={"density": (0.1, 0.9), "lambda": (0.5, 1.5)})
-    found = run(models, tmp_path / "out", plan, method="ties", parameters={"trim": "tensor", "density": 0.5})
-    assert found["default"]["parameters"] == {"density": 0.5, "lambda": 1.0, "trim": "tensor"}
+    found = run(models, tmp_path / "out", plan, recipe=Recipe("ties", None, {"trim": "tensor", "density": 0.5}))
+    assert found["default"]["parameters"] == {"density": 0.5, "lambda": 1.0}
+    assert found["recipe"]["parameters"] == {"ties.density": 0.5, "ties.lambda": 1.0, "ties.trim": "tensor"}
     frame = pd.read_csv(tmp_path / "out" / "sweep.csv")
     assert {"w_1", "w_2", "w_3", "density", "lambda"} <= set(frame.columns)
     np.testing.assert_allclose(frame[["w_1", "w_2", "w_3"]].sum(axis=1), 1)
-    content = json.loads((tmp_path / "out" / "weights.json").read_text())
-    assert content["parameters"] == found["best"]["parameters"] and content["weights"] == found["best"]["weights"]
-    run_merge("-m", *models, "-weights", f"@{tmp_path / 'out' / 'weights.json'}", "-o", tmp_path / "merged")
+    content = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert content["parameters"] == found["best"]["parameters"] | {"trim": "tensor"}
+    assert content["weights"] == found["best"]["weights"] and content["models"] == list(map(str, models))
+    run_merge("-recipe", tmp_path / "out" / "recipe.json", "-o", tmp_path / "merged")
     merged = read(tmp_path / "merged" / "fold_all" / "checkpoint_final.pth")["network_weights"]
-    expected = merge_folders(models, recipe=Recipe("ties", content["weights"], content["parameters"]))["all"].weights
+    expected = merge_folders(models, recipe=Recipe("ties", content["weights"], content["parameters"]))["all"].state_dict
     for name, tensor in expected.items():
         assert merged[name].equal(tensor)
 
 
 def test_a_method_that_looks_at_volumes_sees_other_cases(dataset: Path, models: list[Path], tmp_path: Path) -> None:
     """Those that the fold trains on."""
-    found = run(models, tmp_path / "out", Plan(trials=1), method="fisher")
-    assert found["best"]["weights"] == [0.5, 0.5] and found["best"]["parameters"]["seed"] == 0
-    assert sweeps._volumes(DATASET, "0", "cpu").cases == "train:0"
-    with pytest.raises(TransplantError, match="-f all leaves none"):
-        run(models, tmp_path / "all", Plan(trials=1), method="fisher", fold="all")
+    fisher = Recipe("fisher")
+    found = run(models, tmp_path / "out", Plan(trials=1), recipe=fisher)
+    assert found["best"]["weights"] == [0.5, 0.5] and found["recipe"]["parameters"]["fisher.seed"] == 0
+    assert found["recipe"]["volumes"] == {"datasets": [DATASET], "cases": "train:0", "n_cases": N_CASES}
+    assert sweeps._volumes(DATASET, "0", None).cases == "train:0"
+    for change in ({"fold": "all"}, {"cases": "val:0"}):
+        with pytest.raises(TransplantError, match="not those it is scored on: give -f the number of a fold"):
+            run(models, tmp_path / "all", Plan(trials=1), recipe=fisher, **change)
+    told = Recipe("fisher", volumes=Volumes([DATASET], cases="train:0"))
+    of_all = run(models, tmp_path / "told", Plan(trials=1, seed=7), recipe=told, fold="all")
+    assert of_all["recipe"]["volumes"]["cases"] == "train:0"
+    assert of_all["recipe"]["parameters"]["fisher.seed"] == 7  # of the steps' random choices, too
 
 
 def test_fitted_heads_are_another_study_and_need_other_cases(dataset: Path, models: list[Path], tmp_path: Path) -> None:
     run(models, tmp_path / "out", Plan(trials=1))
-    with pytest.raises(TransplantError, match="started with other head"):
-        run(models, tmp_path / "out", Plan(trials=1), fit_head=True)
-    with pytest.raises(TransplantError, match="-f all leaves none"):
-        run(models, tmp_path / "all", Plan(trials=1), fit_head=True, fold="all")
+    with pytest.raises(TransplantError, match="started with other steps or parameters, volumes: its"):
+        run(models, tmp_path / "out", Plan(trials=1), recipe=FITTED)
+    with pytest.raises(TransplantError, match="nobody says which are not those it is scored on"):
+        run(models, tmp_path / "all", Plan(trials=1), recipe=FITTED, fold="all")
+
+
+def test_the_cases_may_be_chosen(dataset: Path, models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "cases.txt").write_text("case_4\ncase_0\ncase_2\ncase_1\n")
+    found = run(models, tmp_path / "out", Plan(trials=1), cases=str(tmp_path / "cases.txt"), n_cases=2)
+    assert sorted(found["cases"]["tuning"] + found["cases"]["reporting"]) == ["case_0", "case_2"]
+
+
+def test_models_without_a_common_base_are_aligned_once(dataset: Path, models: list[Path], tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their weights are; the recipe file merges them as the best was merged."""
+    rebasin, calls = ALIGNERS["rebasin"], itertools.count()
+    monkeypatch.setitem(ALIGNERS._steps, "rebasin", replace(
+        rebasin, function=lambda **inputs: next(calls) < 0 or rebasin.function(**inputs)))
+    found = run(models, tmp_path / "out", Plan(trials=3), recipe=Recipe(align="rebasin"))
+    assert found["evaluations"] == 3 and next(calls) == 1
+    assert "Sweep of rebasin + average on" in (tmp_path / "out" / "table.txt").read_text()
+    run_merge("-recipe", tmp_path / "out" / "recipe.json", "-o", tmp_path / "merged")
+    merged = read(tmp_path / "merged" / "fold_all" / "checkpoint_final.pth")["network_weights"]
+    best = Recipe(align="rebasin", weights=found["best"]["weights"])
+    for name, tensor in merge_folders(models, recipe=best)["all"].state_dict.items():
+        assert merged[name].equal(tensor)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -244,7 +287,7 @@ def test_a_front_of_structures(dataset: Path, models: list[Path], tmp_path: Path
     if count == 2:
         content = dataset_json({"background": 0, "one": 1, "two": 2})
         (dataset / "dataset.json").write_text(json.dumps(content | {"numTraining": 6}))
-    found = run(models, tmp_path / "out", Plan(trials=12, objective="structures", n_cases=2))
+    found = run(models, tmp_path / "out", Plan(trials=12, objective="structures"), n_cases=2)
     names = ["dice_one", "dice_two", "dice_three"][:count]
     frame, front = (pd.read_csv(tmp_path / "out" / name) for name in ("sweep.csv", "pareto.csv"))
     values = frame[names].to_numpy()
@@ -268,7 +311,7 @@ def test_merges_that_overflow_count_as_zero(dataset: Path, models: list[Path], t
     def overflow(self: MergedNetwork, weights: list[float], parameters: dict) -> None:
         set_weights(self, weights, parameters)
         if weights[0] == 2:
-            for name in self.layout.heads:
+            for name in self.merger.models[0].layout.heads:
                 self.tensors[name].fill_(1e6)
     monkeypatch.setattr(MergedNetwork, "set", overflow)
     found = run(models, tmp_path / "out")
@@ -308,9 +351,11 @@ def test_the_command(dataset: Path, models: list[Path], tmp_path: Path, capsys: 
             "-seed", 3, "-tune", 0.7, "-step_size", 1)
     out = capsys.readouterr().out
     assert (tmp_path / "out" / "table.txt").read_text() in out
-    assert f"-weights @{tmp_path / 'out' / 'weights.json'} -o MERGED" in out
+    assert f"nnunet_transplant_merge -recipe {tmp_path / 'out' / 'recipe.json'} -o MERGED" in out
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert found["default"]["parameters"] == {"density": 0.5, "lambda": 1.0, "combine": "linear", "seed": 3}
+    assert found["default"]["parameters"] == {"density": 0.5, "lambda": 1.0}
+    assert found["recipe"]["parameters"] == {
+        "dare.density": 0.5, "dare.lambda": 1.0, "dare.combine": "linear", "dare.seed": 3}
     assert imread(tmp_path / "out" / "sweep.png").size > 1000
     assert len(found["cases"]["tuning"]) == 4 and len(found["cases"]["reporting"]) == 2
     assert found["ranges"] == {"w_1": [0, 1], "w_2": [0, 1], "density": [0.2, 0.8], "lambda": [0.5, 2]}
@@ -325,14 +370,16 @@ BAD = {
     "trials": (["-trials", "0"], "-trials must be at least 1, not 0"),
     "grid of shares": (["-method", "average"], "use -method task_arithmetic, or -trials"),
     "unknown method": (["-method", "magic"], "no merging method 'magic'"),
-    "unknown parameter": (["-trials", "3", "-search", "magic=0:1"], "task_arithmetic has no such number"),
+    "unknown parameter": (["-trials", "3", "-search", "magic=0:1"], "-search magic: this merge has no such number"),
     "parameter of another method": (["-density", "0.5"], "has no -density"),
     "range": (["-range", "2", "0"], "-range must be two numbers, the lower one first, not 2 0"),
     "sampler": (["-trials", "3", "-sampler", "magic"], "-sampler must be one of tpe, gp, cmaes, not magic"),
     "objective": (["-objective", "magic"], "-objective must be one of mean, structures, not magic"),
     "cmaes of structures": (["-trials", "3", "-sampler", "cmaes", "-objective", "structures"], "knows one objective"),
-    "cmaes in a line": (["-trials", "3", "-sampler", "cmaes", "-method", "weight_zip", "-search", "decay=0:1"],
-                        "at least two numbers"),
+    "cmaes in a line": (["-trials", "3", "-sampler", "cmaes", "-align", "rebasin", "-units", "zip", "-method",
+                         "average", "-search", "decay=0:1"], "at least two numbers"),
+    "grid of a zip": (["-align", "rebasin", "-units", "zip", "-method", "average", "-grid", "3"],
+                      "a zip takes no weights"),
     "tune": (["-tune", "0"], "-tune must be above 0 and at most 1, not 0"),
     "tune too much": (["-tune", "1.5"], "-tune must be above 0 and at most 1, not 1.5"),
     "step": (["-step_size", "0"], "-step_size must be above 0"),
@@ -397,51 +444,69 @@ def test_only_a_sweep_goes_on(dataset: Path, models: list[Path], tmp_path: Path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
-# -weights @FILE
+# -recipe FILE
 
-def write_weights(path: Path, belonging: list[Path], **change: object) -> Path:
+def write_recipe(path: Path, belonging: list[Path], **change: object) -> Path:
     content = {"method": "ties", "parameters": {"density": 0.4, "lambda": 1.0, "trim": "vector"}, "weights": [1.0, 3.0],
                "models": [str(model.resolve()) for model in belonging]}
     path.write_text(json.dumps(content | change))
     return path
 
 
-def test_merge_takes_a_weights_file(models: list[Path], tmp_path: Path) -> None:
+def recorded(folder: Path) -> dict:
+    return json.loads((folder / "merge.json").read_text())["folds"]["all"]["recipe"]
+
+
+def test_merge_takes_a_recipe_file(models: list[Path], tmp_path: Path) -> None:
     """With the parameters that are given in place of the file's; on another machine the models lie elsewhere."""
-    file = write_weights(tmp_path / "weights.json", models)
-    run_merge("-m", *models, "-weights", f"@{file}", "-o", tmp_path / "merged", "-lambda", "0.5", "-method", "ties")
-    record = json.loads((tmp_path / "merged" / "merge.json").read_text())["folds"]["all"]
+    file = write_recipe(tmp_path / "recipe.json", models)
+    run_merge("-m", *models, "-recipe", file, "-o", tmp_path / "merged", "-lambda", "0.5", "-method", "ties")
+    record = recorded(tmp_path / "merged")
     assert (record["method"], record["weights"]) == ("ties", [1, 3])
-    assert record["parameters"] == {"density": 0.4, "lambda": 0.5, "trim": "vector"}
-    write_weights(file, [Path("/elsewhere/A"), Path("/elsewhere/B")])
-    run_merge("-m", *models, "-weights", f"@{file}", "-o", tmp_path / "other")
+    assert record["parameters"] == {"ties.density": 0.4, "ties.lambda": 0.5, "ties.trim": "vector"}
+    run_merge("-recipe", file, "-o", tmp_path / "its own", "-lambda", "0.5")
+    assert (tmp_path / "its own" / "merge.json").read_bytes() == (tmp_path / "merged" / "merge.json").read_bytes()
+    write_recipe(file, [Path("/elsewhere/A"), Path("/elsewhere/B")])
+    run_merge("-m", *models, "-recipe", file, "-o", tmp_path / "other")
     assert (tmp_path / "other" / "merge.json").exists()
 
 
-BAD_WEIGHTS = {
+def test_the_weights_of_a_recipe_file_are_those_of_its_method_and_models(models: list[Path], tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "recipe.json", models)
+    run_merge("-recipe", file, "-o", tmp_path / "dare", "-method", "dare")
+    record = recorded(tmp_path / "dare")
+    assert (record["method"], record["weights"]) == ("dare", None)
+    assert record["parameters"] == {"dare.density": 0.4, "dare.lambda": 1.0, "dare.combine": "linear", "dare.seed": 0}
+    run_merge("-recipe", file, "-o", tmp_path / "swapped", "-m", *models[::-1], "-weights", 2, 1)
+    assert recorded(tmp_path / "swapped")["weights"] == [2, 1]
+
+
+BAD_RECIPES = {
     "too few models": ({}, ["-m", "A"], "has the weights of 2 models, not 1"),
     "another order": ({}, ["-m", "B", "A"], "has the weights of the models in another order"),
-    "another method": ({}, ["-m", "A", "B", "-method", "dare"], "has the weights of method ties: leave out -method"),
     "too few weights": ({"weights": [1.0]}, ["-m", "A", "B"], "-weights has 1 numbers for 2 models"),
     "unknown method": ({"method": "magic"}, ["-m", "A", "B"], "no merging method 'magic'"),
-    "unknown parameter": ({"parameters": {"base": "/x"}}, ["-m", "A", "B"], "has no -base"),
-    "no numbers": ({"weights": ["one", 2]}, ["-m", "A", "B"], "is no weights file"),
-    "no models": ({"models": None}, ["-m", "A", "B"], "is no weights file"),
-    "number and file": ({}, ["-m", "A", "B", "-weights", "@weights.json", "1"], "either numbers or one @FILE"),
-    "no file": ({}, ["-m", "A", "B", "-weights", "@nowhere.json"], "there is no file nowhere.json"),
-    "no json": ({}, ["-m", "A", "B", "-weights", "@A/fold_0/checkpoint_final.pth"], "is not valid JSON"),
+    "unknown parameter": ({"parameters": {"base": "/x"}}, ["-m", "A", "B"], "ties has no -base"),
+    "no numbers": ({"weights": ["one", 2]}, ["-m", "A", "B"], "recipe.json is no recipe: 'weights' cannot be"),
+    "no models": ({"models": None}, ["-m", "A", "B"], "recipe.json is no recipe: 'models' is no list of paths"),
+    "no base": ({"base": 3}, ["-m", "A", "B"], "recipe.json is no recipe: 'base' is no path"),
+    "misspelt": ({"wieghts": [1, 2]}, ["-m", "A", "B"], "nobody knows 'wieghts' (did you mean weights?)"),
+    "another format": ({"format": 2}, ["-m", "A", "B"], "it has format 2, this version reads format 1"),
+    "an earlier merge too": ({}, ["-from", "A"], "give either -from or -recipe"),
+    "no file": ({}, ["-m", "A", "B", "-recipe", "nowhere.json"], "there is no file nowhere.json"),
+    "no json": ({}, ["-m", "A", "B", "-recipe", "A/fold_0/checkpoint_final.pth"], "is not valid JSON"),
 }
 
 
-@pytest.mark.parametrize("name", BAD_WEIGHTS)
-def test_merge_refuses_a_weights_file_in_one_line(models: list[Path], tmp_path: Path, name: str,
-                                                  capsys: pytest.CaptureFixture,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    change, arguments, message = BAD_WEIGHTS[name]
-    write_weights(tmp_path / "weights.json", models, **change)
+@pytest.mark.parametrize("name", BAD_RECIPES)
+def test_merge_refuses_a_recipe_file_in_one_line(models: list[Path], tmp_path: Path, name: str,
+                                                 capsys: pytest.CaptureFixture,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    change, arguments, message = BAD_RECIPES[name]
+    write_recipe(tmp_path / "recipe.json", models, **change)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as leave:
-        run_merge("-weights", "@weights.json", "-o", "merged", *arguments)
+        run_merge("-recipe", "recipe.json", "-o", "merged", *arguments)
     err = capsys.readouterr().err
     assert leave.value.code == 1 and message in err and err.count("\n") == 1
     assert not (tmp_path / "merged").exists()
