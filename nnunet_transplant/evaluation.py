@@ -34,7 +34,8 @@ from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.evaluation import Overlay, save_dice_figure, save_overlays_figure, slice_to_show
 from nnunet_transplant.files import atomic_path, check_output
-from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, preprocessing_fields
+from nnunet_transplant.mergeable import preprocessing_fields
+from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models
 from nnunet_transplant.prediction import overflow_explained, predictor, torch_device
 from nnunet_transplant.tables import cases_table, mean_without_nan, means_table, structure_means
 from nnunet_transplant.targets import Key, Target, name_targets

@@ -5,7 +5,8 @@ from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.files import file_sha256
-from nnunet_transplant.model_folder import CHECKPOINT, check_base, open_models, open_theta_0
+from nnunet_transplant.mergeable import check_base
+from nnunet_transplant.model_folder import CHECKPOINT, open_models, open_theta_0
 from nnunet_transplant.task_vector import DTYPES, Header, write_task_vector
 
 

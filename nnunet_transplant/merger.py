@@ -13,19 +13,10 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts, has_running_statistics, running_statistics
 from nnunet_transplant.files import file_sha256
 from nnunet_transplant.heads import JoinedHeads, check_head_rows, join, structures
+from nnunet_transplant.mergeable import check_base, check_finite, check_mergeable, common_theta_0, common_theta_0_sha256
 from nnunet_transplant.merged_model import Merged, MergedModel
 from nnunet_transplant.methods.apply import merge_tensors
-from nnunet_transplant.model_folder import (
-    CHECKPOINT,
-    TrainedModel,
-    check_base,
-    check_finite,
-    check_mergeable,
-    common_theta_0,
-    common_theta_0_sha256,
-    open_models,
-    open_theta_0,
-)
+from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, open_theta_0
 from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.stages import matching, scales

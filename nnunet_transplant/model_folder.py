@@ -14,7 +14,7 @@ from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant import files
 from nnunet_transplant.architecture import Layout, Network, check_plans, find_trainer, layout
 from nnunet_transplant.errors import TransplantError, note
-from nnunet_transplant.labels import channel_names, check_dataset_json, same_channels
+from nnunet_transplant.labels import check_dataset_json
 from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.task_vector import (
     RECORD,
@@ -24,7 +24,6 @@ from nnunet_transplant.task_vector import (
     read_theta_0,
     theta_0_path,
 )
-from nnunet_transplant.vectors import is_finite
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -41,7 +40,7 @@ class TrainedModel:
     record: dict[str, Any]                 # what our trainers note in a checkpoint; {} from stock trainers
     layout: Layout
     # all of its names, as maps of the file: memory is used only where they are read
-    weights: Network = field(default_factory=dict, repr=False, compare=False)
+    stored: Network = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -66,7 +65,7 @@ class TrainedModel:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The network's tensors by canonical name, as maps of the file."""
-        return {name: self.weights[name] for name in self.layout.names}
+        return {name: self.stored[name] for name in self.layout.names}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor under all of its names, as nnU-Net loads it."""
@@ -219,7 +218,7 @@ def _layout(plans: dict[str, Any], configuration: str, dataset_json: dict[str, A
         raise TransplantError(f"{described_in}: {error}") from error
     except Exception as error:  # nnU-Net meets missing keys and nonsense with any exception
         raise TransplantError(f"nnU-Net cannot build the network that the plans of {described_in} describe "
-                              f"({type(error).__name__}: {_short(error)})") from error
+                              f"({type(error).__name__}: {shortened(error)})") from error
 
 
 def _open_task_vector(path: Path, theta_0: Network | None, trust: bool) -> TaskVectorModel:
@@ -290,117 +289,6 @@ def open_theta_0(base: Path | str, checkpoint_name: str = CHECKPOINT, trust: boo
     return {name: tensor for name, tensor in models[0].tensors().items() if name not in models[0].layout.heads}
 
 
-def check_finite(tensor: torch.Tensor, name: str, model: TrainedModel) -> None:
-    """Raise TransplantError where a model's tensor holds NaN or Inf."""
-    if not is_finite(tensor):
-        raise TransplantError(f"{model.path} holds NaN or Inf in {name}")
-
-
-def check_base(theta_0: Network, model: TrainedModel) -> None:
-    """Raise TransplantError where theta_0 is of another network than the model's."""
-    expected = {name: model.layout.shapes[name] for name in model.layout.body}
-    if {name: tuple(tensor.shape) for name, tensor in theta_0.items()} != expected:
-        raise TransplantError(f"the base is another network than {model.name}")
-
-
-# What must agree for the same weights to mean the same: nnU-Net's preprocessing, field by field. What else plans and
-# dataset.json say is about training (batch_size, batch_dice, augmentation), about the output (transpose_backward,
-# resampling_fn_probabilities, regions_class_order, file_ending), about how the plans were found (median sizes and
-# spacings, the planner), about where files lie (data_identifier, names), or about the network, whose modules are
-# compared themselves. The patch size is that of the first model: the networks take any.
-_CONFIGURATION_FIELDS = ("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name",
-                         "resampling_fn_data", "resampling_fn_data_kwargs", "previous_stage")
-_OF_EACH_IMAGE = {"ZScoreNormalization", "RescaleTo01Normalization", "RGBTo01Normalization", "NoNormalization"}
-# Readers by how they turn the axes of a file; others are like themselves alone.
-_TURNED = {"SimpleITKIO": "as stored", "NibabelIO": "as stored", "SimpleITKIOWithReorient": "to RAS",
-           "NibabelIOWithReorient": "to RAS"}
-
-
-def preprocessing_fields(model: TrainedModel, channels: bool = True) -> dict[str, Any]:
-    """What the model's input goes through before the network, by names a user finds in the plans; with `channels` the
-    names of the image channels, else their number."""
-    manager = PlansManager(model.plans)
-    configuration = manager.get_configuration(model.configuration).configuration
-    names = channel_names(model.dataset_json)
-    reader = str(model.plans.get("image_reader_writer"))
-    fields = {"configuration": model.configuration, "channels": names if channels else len(names),
-              "image_reader_writer": reader, "transpose_forward": model.plans.get("transpose_forward")}
-    fields |= {field: configuration.get(field) for field in _CONFIGURATION_FIELDS}
-    if not _OF_EACH_IMAGE.issuperset(configuration.get("normalization_schemes") or ["unknown"]):
-        by_modality = model.plans.get("foreground_intensity_properties_by_modality")  # as old plans call it
-        fields["CT intensity statistics"] = model.plans.get("foreground_intensity_properties_per_channel", by_modality)
-    if configuration.get("previous_stage"):  # the labels of the previous stage are input channels
-        fields["labels"] = model.dataset_json["labels"]
-        fields |= {field: configuration.get(field) for field in ("resampling_fn_seg", "resampling_fn_seg_kwargs")}
-    return fields
-
-
-def _agree(field: str, one: Any, other: Any) -> bool:
-    """Whether two models see the same numbers where a field says this to the one and that to the other."""
-    if field == "channels" and isinstance(one, list):
-        return same_channels(one, other)
-    if field == "image_reader_writer":
-        return _TURNED.get(one, one) == _TURNED.get(other, other)
-    return one == other
-
-
-def check_mergeable(models: Sequence[TrainedModel], same_base: bool = True, channels: bool = True) -> None:
-    """Raise TransplantError with a table of what differs, unless all models preprocess their input in the same way,
-    have the same network, and with same_base come from the same theta_0 where it is known. channels: False where
-    somebody knows that image channels of different names are the same."""
-    first = models[0]
-    for other in models[1:]:
-        ours, theirs = preprocessing_fields(first, channels), preprocessing_fields(other, channels)
-        rows = [(field, ours.get(field), theirs.get(field)) for field in ours | theirs
-                if not _agree(field, ours.get(field), theirs.get(field))]
-        named = channels and any(row[0] == "channels" for row in rows) and len(ours["channels"]) == len(
-            theirs["channels"])
-        body = {name: first.layout.shapes[name] for name in first.layout.body}
-        other_body = {name: other.layout.shapes[name] for name in other.layout.body}
-        rows += [(name, body.get(name, "none"), other_body.get(name, "none")) for name in body | other_body
-                 if body.get(name) != other_body.get(name)][:5]
-        if body == other_body:  # the same tensors can stand in another network
-            modules, other_modules = first.layout.modules, other.layout.modules
-            rows += [(name, modules.get(name, "none"), other_modules.get(name, "none"))
-                     for name in modules | other_modules if modules.get(name) != other_modules.get(name)][:5]
-        known, known_too = first.theta_0_sha256, other.theta_0_sha256
-        if same_base and known is not None and known_too is not None and known != known_too:
-            rows.append(("theta_0 (SHA-256)", known[:16], known_too[:16]))
-        if rows:
-            table = "\n".join(f"  {field}: {_short(a)} | {_short(b)}" for field, a, b in rows)
-            raise TransplantError(f"{first.name} and {other.name} cannot merge; they differ in\n{table}"
-                                  + "\nIf these channels are the same, pass --same_channels" * named)
-
-
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def common_theta_0_sha256(models: Sequence[TrainedModel]) -> str | None:
-    """The theta_0 that the models record (after check_mergeable at most one), None where none does."""
-    return next((model.theta_0_sha256 for model in models if model.theta_0_sha256), None)
-
-
-def common_theta_0(models: Sequence[TrainedModel], given: Network | None, needing: str) -> Network:
-    """The base of models that can merge, by canonical names: the given one, else the one that a folder keeps.
-
-    needing: who needs it, for the message. Raises TransplantError where the given one is another than recorded or of
-    another network, or none is given and a model records none.
-    """
-    if given is not None:
-        check_base(given, models[0])
-        recorded = common_theta_0_sha256(models)
-        if recorded is not None and checkpoints.tensors_sha256(given) != recorded:
-            raise TransplantError(f"the base given by -base is not the one these models were fine-tuned from "
-                                  f"(theta_0 with SHA-256 {recorded[:16]}...)")
-        return given
-    kept = next((theta_0 for theta_0 in (model.theta_0() for model in models) if theta_0 is not None), None)
-    if kept is None:
-        raise TransplantError(f"{needing} theta_0, the base these models were fine-tuned from: the model folders keep "
-                              "none (stock fine-tuning does not), so give it with -base")
-    unknown = [model.name for model in models if model.theta_0_sha256 is None]
-    if unknown:
-        raise TransplantError(f"{unknown[0]} does not record the base it was fine-tuned from: give it with -base")
-    check_base(kept, models[0])
-    return kept

@@ -7,7 +7,7 @@ from nnunet_transplant.alignment import ALIGNERS, Aligner
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.fitting import FITS, Fit
 from nnunet_transplant.methods import METHODS, Method
-from nnunet_transplant.steps import Step, did_you_mean
+from nnunet_transplant.steps import Step, did_you_mean, option_name
 from nnunet_transplant.volumes import N_CASES, Volumes
 
 FORMAT = 1  # of recipes in files
@@ -77,8 +77,8 @@ class Recipe:
             for step, parameters in known.items()}
 
     def given(self, parameters: Mapping[str, Any]) -> "Recipe":
-        """The same with these options, which go before those that it has. As in Python, `lambda_` is lambda."""
-        parameters = {name.rstrip("_"): value for name, value in parameters.items()}
+        """The same with these options, which go before those that it has; `lambda_` is lambda."""
+        parameters = {option_name(name): value for name, value in parameters.items()}
         kept = {name: value for name, value in self.parameters.items() if name.rpartition(".")[2] not in parameters}
         return replace(self, parameters={**kept, **parameters})
 

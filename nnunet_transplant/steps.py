@@ -106,6 +106,12 @@ class Step:
         return with_found(self.function(**{name: inputs[name] for name in self.inputs}, **arguments(settings)))
 
 
+def option_name(name: str) -> str:
+    """Of a parameter of a function; `lambda_` is lambda, `ties.lambda_` ties.lambda."""
+    bare = name.removesuffix("_")
+    return bare if keyword.iskeyword(bare.rpartition(".")[2]) else name
+
+
 def arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Options as Python writes them."""
     return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in settings.items()}
@@ -133,8 +139,7 @@ def read_signature(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple
             default = float(default)
         if type(default) is not (kind if ranges else str):
             raise TypeError(f"{function.__name__}: the default of {name} is not of its kind")
-        option = name[:-1] if name.endswith("_") and keyword.iskeyword(name[:-1]) else name
-        parameters.append(Parameter(option, default, texts[0], ranges[0] if ranges else None, choices))
+        parameters.append(Parameter(option_name(name), default, texts[0], ranges[0] if ranges else None, choices))
         parameters[-1].check(default)
     return tuple(inputs), tuple(parameters)
 

@@ -26,7 +26,7 @@ from nnunet_transplant.volumes import IGNORED
 def own_logits(experts: Experts, model: int) -> torch.Tensor:
     """(patches, rows, x, y), by the model's own labels."""
     images = torch.stack([patch.image for patch in experts.patches])
-    return logits(PLANS, experts.models[model].dataset_json["labels"], experts.models[model].weights, images)
+    return logits(PLANS, experts.models[model].dataset_json["labels"], experts.models[model].stored, images)
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_merged_with_its_permuted_copy_a_model_does_what_it_did(models: dict[str
 def test_without_volumes_the_running_statistics_move_with_their_units(models: dict[str, Path], units: str) -> None:
     both = merged(list(models.values()), "rebasin", units, volumes=None)
     image = image_of(PLANS)
-    original = open_models(models["original"])[0].weights
+    original = open_models(models["original"])[0].stored
     assert_close(logits(PLANS, LABELS, both, image), logits(PLANS, LABELS, original, image))
 
 

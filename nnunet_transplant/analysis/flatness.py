@@ -17,7 +17,8 @@ from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.flatness import save_flatness_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
-from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, check_base, model_labels, open_models
+from nnunet_transplant.mergeable import check_base
+from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models
 from nnunet_transplant.prediction import torch_device
 from nnunet_transplant.volumes import configuration_of, volumes_of
 

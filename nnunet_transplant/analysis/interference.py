@@ -22,19 +22,10 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.interference import save_interference_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
+from nnunet_transplant.mergeable import check_finite, check_mergeable, common_theta_0, common_theta_0_sha256
 from nnunet_transplant.methods.apply import Piece
 from nnunet_transplant.methods.ties import thresholds
-from nnunet_transplant.model_folder import (
-    CHECKPOINT,
-    TrainedModel,
-    check_finite,
-    check_mergeable,
-    common_theta_0,
-    common_theta_0_sha256,
-    model_labels,
-    open_models,
-    open_theta_0,
-)
+from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, open_theta_0
 from nnunet_transplant.stages import stage_of
 from nnunet_transplant.tables import aligned_lines, mean_without_nan
 from nnunet_transplant.vectors import TaskVectors, Tensors, blocks, in_parallel, is_finite, keep_from

@@ -22,7 +22,8 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.landscape import save_lines_figure, save_plane_figure
 from nnunet_transplant.files import atomic_path, file_sha256
 from nnunet_transplant.heads import structures
-from nnunet_transplant.model_folder import CHECKPOINT, check_mergeable, model_labels, open_models
+from nnunet_transplant.mergeable import check_mergeable
+from nnunet_transplant.model_folder import CHECKPOINT, model_labels, open_models
 from nnunet_transplant.prediction import torch_device
 from nnunet_transplant.vectors import add_weighted
 from nnunet_transplant.volumes import volumes_of
