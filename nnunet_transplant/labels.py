@@ -105,15 +105,15 @@ def task_labels(classes: Mapping[str, Sequence[str]], parent_labels: Labels,
     values = foreground_values(parent_labels)
     unknown = [label for labels in classes.values() for label in labels if label not in values]
     if unknown:
-        raise TransplantError(f"There is no label '{unknown[0]}' to make a class of.")
+        raise TransplantError(f"there is no label '{unknown[0]}' to make a class of")
     members = {name: frozenset(value for label in labels for value in values[label])
                for name, labels in classes.items()}
     for name, member in members.items():
         same = [other for other in members if members[other] == member and other != name]
         if same:
-            raise TransplantError(f"The classes '{name}' and '{same[0]}' are the same voxels.")
+            raise TransplantError(f"the classes '{name}' and '{same[0]}' are the same voxels")
         if 0 in member:
-            raise TransplantError(f"The class '{name}' contains background (label value 0): not supported.")
+            raise TransplantError(f"the class '{name}' contains background (label value 0): not supported")
     parent_values = sorted({value for label_values in values.values() for value in label_values})
     overlap = sum(len(member) for member in members.values()) > len(frozenset().union(*members.values()))
     value_map = {0: 0}

@@ -116,7 +116,7 @@ def read_splits(path: Path) -> Splits:
 def new_splits(cases: Sequence[str]) -> Splits:
     """nnU-Net's own five folds of these cases: seeded, so always the same. Raises TransplantError below 5 cases."""
     if len(cases) < 5:
-        raise TransplantError(f"nnU-Net cannot split fewer than 5 cases into its 5 folds, here are {len(cases)}.")
+        raise TransplantError(f"nnU-Net cannot split fewer than 5 cases into its 5 folds, here are {len(cases)}")
     return [{part: [str(case) for case in fold[part]] for part in ("train", "val")}
             for fold in generate_crossval_split(sorted(cases), seed=12345, n_splits=5)]
 
@@ -150,9 +150,9 @@ def choose_cases(cases: str | os.PathLike | Sequence[str], all_cases: Sequence[s
         chosen = cases
     unknown = sorted(set(chosen) - set(all_cases))
     if unknown:
-        raise TransplantError(f"{len(unknown)} of the chosen cases are not in the dataset: {listed(unknown)}.")
+        raise TransplantError(f"{len(unknown)} of the chosen cases are not in the dataset: {listed(unknown)}")
     if not chosen:
-        raise TransplantError("No case was chosen.")
+        raise TransplantError("no case was chosen")
     return sorted(set(chosen))
 
 
@@ -161,7 +161,7 @@ def _of_fold(cases: str, splits: Splits | None, part: str, fold: int) -> list[st
         raise TransplantError(f"-cases {cases}: the dataset has no splits_final.json, nnU-Net writes it when the "
                               "first fold is trained")
     if fold >= len(splits):
-        raise TransplantError(f"-cases {cases}: the dataset has {len(splits)} folds, counted from 0.")
+        raise TransplantError(f"-cases {cases}: the dataset has {len(splits)} folds, counted from 0")
     return splits[fold][part]
 
 
@@ -204,7 +204,7 @@ def read_case_list(path: Path) -> list[str]:
     writes them. Raises TransplantError for a missing file and for what is neither."""
     if not path.is_file():
         raise TransplantError(f"-cases: there is no file {path}. Give a file with one case id per line, or a fold of "
-                              f"the dataset as train:0 or val:0.")
+                              f"the dataset as train:0 or val:0")
     content = path.read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:

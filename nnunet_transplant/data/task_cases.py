@@ -57,7 +57,7 @@ def for_each_case(work: Callable[[str, dict], None], files: dict[str, dict], num
             for future in progress(as_completed(futures)):
                 future.result()
         except BrokenProcessPool as error:
-            raise TransplantError("A background process died, most likely for lack of memory: try a smaller -np."
+            raise TransplantError("a background process died, most likely for lack of memory: try a smaller -np"
                                   ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -73,10 +73,10 @@ def make_case(case: str, files: dict, targets: Sequence[TaskFolders], folders: S
         image, properties = reader.read_images(files["images"])
         parent_seg, seg_properties = reader.read_seg(files["label"])
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise TransplantError(f"Cannot read the images or the label map of case {case}: {error}") from error
+        raise TransplantError(f"cannot read the images or the label map of case {case}: {error}") from error
     if image.shape[1:] != parent_seg.shape[1:]:
-        raise TransplantError(f"Case {case}: the images have the shape {image.shape[1:]}, the label map has "
-                              f"{parent_seg.shape[1:]}.")
+        raise TransplantError(f"case {case}: the images have the shape {image.shape[1:]}, the label map has "
+                              f"{parent_seg.shape[1:]}")
     for target in targets:
         label_name = f"{case}{target.dataset_json['file_ending']}"
         label_file = target.raw / "labelsTr" / label_name
@@ -117,7 +117,7 @@ def _save_labels(truncated: Path, image: np.ndarray, seg: np.ndarray, properties
     shape = blosc2.open(str(preprocessed_image), mode="r").shape
     if tuple(shape) != (len(image), *seg.shape[1:]):
         raise TransplantError(f"{preprocessed_image} has the shape {shape}, but the raw images and the plans give "
-                              f"{(len(image), *seg.shape[1:])}: preprocess its dataset again.")
+                              f"{(len(image), *seg.shape[1:])}: preprocess its dataset again")
     seg = seg.astype(np.int16, copy=False)
     blocks, chunks = comp_blosc2_params(seg.shape, tuple(configuration.patch_size), seg.itemsize)
     # nnU-Net chooses how to compress; the one voxel that it writes as the image makes room for the link

@@ -150,20 +150,20 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
 
 def _check_ids(tasks: Sequence[Task], ids: Sequence[int], parent: str) -> None:
     if len(tasks) != len(ids):
-        raise TransplantError(f"There are {len(tasks)} tasks but {len(ids)} ids: give one id per task.")
+        raise TransplantError(f"there are {len(tasks)} tasks but {len(ids)} ids: give one id per task")
     for what, values in (("name", [task.name for task in tasks]), ("id", [str(number) for number in ids])):
         twice = sorted({value for value in values if values.count(value) > 1})
         if twice:
-            raise TransplantError(f"Several tasks have the same {what}: {listed(twice)}.")
+            raise TransplantError(f"several tasks have the same {what}: {listed(twice)}")
     for dataset_id in ids:
         if not 1 <= dataset_id <= 999:
-            raise TransplantError(f"The id {dataset_id} is not from 1 to 999.")
+            raise TransplantError(f"the id {dataset_id} is not from 1 to 999")
         if dataset_id == int(parent[7:10]):
-            raise TransplantError(f"The id {dataset_id} is that of {parent} itself.")
+            raise TransplantError(f"the id {dataset_id} is that of {parent} itself")
         taken = find_candidate_datasets(dataset_id)
         if len(taken):
-            raise TransplantError(f"The id {dataset_id} is taken by {listed(taken)} (in nnUNet_raw, "
-                                  f"nnUNet_preprocessed or nnUNet_results). Choose another, or remove that dataset.")
+            raise TransplantError(f"the id {dataset_id} is taken by {listed(taken)} (in nnUNet_raw, "
+                                  f"nnUNet_preprocessed or nnUNet_results). Choose another, or remove that dataset")
 
 
 def _open_source(given: int | str | Path, plans_name: str | None, parent: Path, trust: bool) -> _Source:
@@ -268,7 +268,7 @@ def _data_folders(source: _Source, link_images: bool) -> list[DataFolder]:
         configuration = _configuration(plans, name)
         if configuration.preprocessor_class is None:
             raise TransplantError(f"nnU-Net has no preprocessor {configuration.preprocessor_name}, which the "
-                                  f"configuration {name} of {source.name} asks for.")
+                                  f"configuration {name} of {source.name} asks for")
         # normalisation within the mask takes in labelled voxels of intensity 0, so the images depend on the labels
         shared = configuration.preprocessor_class is DefaultPreprocessor and not any(configuration.use_mask_for_norm)
         folders.append(DataFolder(identifier, name, source.folder / identifier if link_images and shared else None,
@@ -281,12 +281,12 @@ def _check_plans_fit(plans: dict, folders: Sequence[DataFolder], parent_json: di
     for folder in folders:
         planned = len(_configuration(plans, folder.configuration).normalization_schemes)
         if planned != channels:
-            raise TransplantError(f"The plans of {source} are for {planned} image channels, the dataset has "
-                                  f"{channels}.")
+            raise TransplantError(f"the plans of {source} are for {planned} image channels, the dataset has "
+                                  f"{channels}")
     reader = PlansManager(plans).image_reader_writer_class
     if parent_json["file_ending"].lower() not in reader.supported_file_endings:
-        raise TransplantError(f"The plans of {source} read images with {reader.__name__}, which cannot read "
-                              f"{parent_json['file_ending']} files.")
+        raise TransplantError(f"the plans of {source} read images with {reader.__name__}, which cannot read "
+                              f"{parent_json['file_ending']} files")
 
 
 def _check_files(files: dict[str, dict], cases: Sequence[str], folders: Sequence[DataFolder]) -> None:
@@ -294,7 +294,7 @@ def _check_files(files: dict[str, dict], cases: Sequence[str], folders: Sequence
     missing = [file for case in cases for file in (*files[case]["images"], files[case]["label"])
                if not Path(file).is_file()]
     if missing:
-        raise TransplantError(f"{len(missing)} image or label files are missing: {listed(missing)}.")
+        raise TransplantError(f"{len(missing)} image or label files are missing: {listed(missing)}")
     for folder in folders:
         if folder.parent is None:
             continue

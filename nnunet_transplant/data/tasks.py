@@ -30,8 +30,8 @@ def parse_task(text: str, parent_labels: Labels) -> Task:
     """
     name, equals, spec = (part.strip() for part in text.partition("="))
     if not equals or not spec or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise TransplantError(f"Cannot read the task '{text}'. A task is NAME=LABELS, for example Liver=liver or "
-                              f"Kidney=left_kidney,right_kidney, and NAME has letters, digits, _ and - only.")
+        raise TransplantError(f"cannot read the task '{text}'. A task is NAME=LABELS, for example Liver=liver or "
+                              f"Kidney=left_kidney,right_kidney, and NAME has letters, digits, _ and - only")
     values = foreground_values(parent_labels)
     parts = [spec] if spec in values else [part.strip() for part in spec.split("+")]
     classes: dict[str, list[str]] = {}
@@ -39,9 +39,9 @@ def parse_task(text: str, parent_labels: Labels) -> Task:
         labels = _labels_of_class(part, parent_labels, text)
         class_name = name if len(parts) == 1 else labels[0] if len(labels) == 1 else part
         if class_name in RESERVED:
-            raise TransplantError(f"Task '{text}': nnU-Net keeps the name '{class_name}' for itself, choose another.")
+            raise TransplantError(f"task '{text}': nnU-Net keeps the name '{class_name}' for itself, choose another")
         if class_name in classes:
-            raise TransplantError(f"Task '{text}': the class '{class_name}' is there twice.")
+            raise TransplantError(f"task '{text}': the class '{class_name}' is there twice")
         classes[class_name] = labels
     return Task(name, classes)
 
@@ -51,7 +51,7 @@ def _labels_of_class(text: str, parent_labels: Labels, task: str) -> list[str]:
     labels = [label for item in items for label in _labels_of_item(item, parent_labels, task)]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise TransplantError(f"Task '{task}': {listed(twice)} more than once in one class.")
+        raise TransplantError(f"task '{task}': {listed(twice)} more than once in one class")
     return labels
 
 
@@ -63,18 +63,18 @@ def _labels_of_item(text: str, parent_labels: Labels, task: str) -> list[str]:
     if number_range:
         first, last = int(number_range[1]), int(number_range[2])
         if first > last:
-            raise TransplantError(f"Task '{task}': the range {text} is empty, write {last}-{first}.")
+            raise TransplantError(f"task '{task}': the range {text} is empty, write {last}-{first}")
         return [label for value in range(first, last + 1)
                 for label in _labels_of_item(str(value), parent_labels, task)]
     value = int(text) if re.fullmatch(r"\d+", text) else None
     if text == "background" or value == 0:
-        raise TransplantError(f"Task '{task}': background cannot be a class of its own or part of one.")
+        raise TransplantError(f"task '{task}': background cannot be a class of its own or part of one")
     if text == "ignore" or (value is not None and value == parent_labels.get("ignore")):
-        raise TransplantError(f"Task '{task}': the ignore label is carried over by itself, it cannot be selected.")
+        raise TransplantError(f"task '{task}': the ignore label is carried over by itself, it cannot be selected")
     named = [label for label, label_values in values.items() if label_values == (value,)]
     if not named:
-        raise TransplantError(f"Task '{task}': the dataset has no label '{text}'. It has "
-                              + ", ".join(f"{label} ({_shown(parent_labels[label])})" for label in values) + ".")
+        raise TransplantError(f"task '{task}': the dataset has no label '{text}'. It has "
+                              + ", ".join(f"{label} ({_shown(parent_labels[label])})" for label in values))
     return named[:1]
 
 

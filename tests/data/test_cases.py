@@ -48,7 +48,7 @@ def test_choose_cases(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("case_01\ncase_99\n", "1 of the chosen cases are not in the dataset: case_99"),
-    ("\n", "No case was chosen"),
+    ("\n", "no case was chosen"),
     ("[1, ", "is not valid JSON"), ("[1, 2]", "must list case ids, each in quotes"),
     ("[{}]", "must list case ids"),
 ])

@@ -485,5 +485,5 @@ def test_command_prints_one_line_on_bad_input(scratch: Path, monkeypatch: pytest
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == 1
-    assert capsys.readouterr().err == ("nnunet_transplant_split_tasks: error: Task 'Tail=3': the dataset has no label "
-                                       "'3'. It has Anterior (1), Posterior (2).\n")
+    assert capsys.readouterr().err == ("nnunet_transplant_split_tasks: error: task 'Tail=3': the dataset has no label "
+                                       "'3'. It has Anterior (1), Posterior (2)\n")
