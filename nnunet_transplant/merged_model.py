@@ -10,6 +10,7 @@ import torch
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.environment import versions
+from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.merge import save_inputs_figure
 from nnunet_transplant.files import atomic_path, check_output
 from nnunet_transplant.model_folder import CHECKPOINT
@@ -64,15 +65,29 @@ class Merged(Mapping[str, MergedModel]):
         return list(dict.fromkeys(name for model in self.models.values() for name in model.dataset_json["labels"]
                                   if name not in ("background", "ignore")))
 
-    def save(self, output: Path | str, *, overwrite: bool = False) -> Path:
+    def save(self, output: Path | str, *, fold: int | None = None, overwrite: bool = False) -> Path:
         """Write an ordinary nnU-Net model folder, or several in one folder: there whole or not at all.
 
-        overwrite replaces a folder only if it was written so. Raises TransplantError for an existing one otherwise,
-        OSError where the disk says so. Returns the folder.
+        fold: write fold_N instead of fold_all, for tools that take only numbers. overwrite replaces a folder only if it
+        was written so. Raises TransplantError for an existing one otherwise, OSError where the disk says so. Returns
+        the folder.
         """
         output = Path(output)
-        (write_side_by_side if self.side_by_side else write_merge)(self.models, output, overwrite)
+        if self.side_by_side:
+            if fold is not None:
+                raise TransplantError("-out_fold names the one fold that is written; here are several models")
+            write_side_by_side(self.models, output, overwrite)
+        else:
+            write_merge(self.models if fold is None else {str(fold): self._only(fold)}, output, overwrite)
         return output
+
+    def _only(self, fold: int) -> MergedModel:
+        if fold < 0:
+            raise TransplantError(f"-out_fold must not be negative, not {fold}")
+        if list(self.models) != ["all"]:
+            raise TransplantError("-out_fold names the one fold that is written; here are several: "
+                                  + " ".join(self.models))
+        return self.models["all"]
 
 
 def write_merge(merged: Mapping[str, MergedModel], output: Path | str, overwrite: bool = False) -> None:

@@ -21,7 +21,7 @@ NONE = "none"  # takes a step away that is there to start from
 
 def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None = None, method: str | None = None,
           fit: str | Sequence[str] | None = None, images: str | int | Sequence[str | int] | None = None,
-          cases: str | None = None, n_cases: int = N_CASES, weights: Sequence[float] | None = None,
+          cases: str | None = None, n_cases: int | None = None, weights: Sequence[float] | None = None,
           keep_base_for: Sequence[str] | None = None, stage_weights: Sequence[float] | None = None,
           share: Sequence[str] | None = None, same_channels: bool | None = None,
           folds: Sequence[str | int] | None = None, base: Path | str | None = None,
@@ -34,8 +34,8 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     align, method, fit: the steps by name; method `average` unless told; several fits come one after the other. "none"
         takes a step away that `recipe` or `earlier` has. parameters: options of the steps: `density=0.3`, or of one
         step alone `**{"ties.density": 0.3}`.
-    images: dataset(s) whose volumes steps may look at; n_cases of each, spread evenly, out of `cases` (FILE, train:K,
-        val:K) or of all. device: where networks run for this: cuda, cpu or mps.
+    images: dataset(s) whose volumes steps may look at; n_cases (8) of each, spread evenly, out of `cases` (FILE,
+        train:K, val:K) or of all. device: where networks run for this: cuda, cpu or mps.
     weights: one for each model; its folds share it. folds: of each model folder; by default all of its numbered folds,
         else fold_all. per_fold: merge fold k of every model with fold k of the others instead of everything into one.
     keep_base_for, stage_weights: what stays at theta_0, and factors by stage (see `stages.scales`).
@@ -70,11 +70,7 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     other: dict[str, Any] = {"weights": weights, "keep_base_for": keep_base_for, "stage_weights": stage_weights,
                              "share": share, "same_channels": same_channels}
     wanted = replace(wanted, **{name: value for name, value in other.items() if value is not None})
-    if images is not None:
-        datasets = [images] if isinstance(images, (str, int)) else list(images)
-        wanted = replace(wanted, volumes=Volumes(datasets, n_cases, cases))
-    elif wanted.volumes is not None and not wanted.looking and wanted.align is None:
-        wanted = replace(wanted, volumes=None)  # what looked at them is gone
+    wanted = _with_volumes(wanted, images, cases, n_cases)
     if before.inputs and weights is None and wanted.weights is not None and (given or drop):
         raise TransplantError("the earlier merge had -weights of its own: give new ones for the models of this one, "
                               f"{len(kept.inputs)} kept and {len(given)} new")
@@ -143,6 +139,23 @@ def _check_weights_of(path: Path | str, file: RecipeFile, models: Sequence[Path 
     if len(theirs) != len(mine) or (theirs != mine and sorted(theirs) == sorted(mine)):
         what = f"{len(theirs)} models, not {len(mine)}" if len(theirs) != len(mine) else "the models in another order"
         raise TransplantError(f"{path} has the weights of {what}: give -weights, or leave out -m")
+
+
+def _with_volumes(recipe: Recipe, images: str | int | Sequence[str | int] | None, cases: str | None,
+                  n_cases: int | None) -> Recipe:
+    """A recipe with other volumes, or with others of the same datasets; with none where no step looks any more."""
+    if images is not None:
+        datasets = [images] if isinstance(images, (str, int)) else list(images)
+        return replace(recipe, volumes=Volumes(datasets, N_CASES if n_cases is None else n_cases, cases))
+    if recipe.volumes is None:
+        if cases is not None or n_cases is not None:
+            raise TransplantError("-cases and -n_cases choose among the volumes of a dataset: give it with -d")
+        return recipe
+    if not recipe.looking and recipe.align is None:
+        return replace(recipe, volumes=None)
+    other: dict[str, Any] = {"cases": cases, "n_cases": n_cases}
+    return replace(recipe, volumes=replace(recipe.volumes, **{name: value for name, value in other.items()
+                                                              if value is not None}))
 
 
 def _open_kept(earlier: Earlier, checkpoint_name: str, trust: bool,

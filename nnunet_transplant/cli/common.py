@@ -14,7 +14,11 @@ from nnunet_transplant.steps import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """What is wrong is one line, and a flag that nobody knows may be one misspelt."""
+    """What is wrong is one line, and a flag that nobody knows may be one misspelt: -densty is not -d ensty."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """What else argparse would take a flag for that it does not know."""
+        return []
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]

@@ -66,9 +66,7 @@ def run(args: Namespace) -> None:
                                   + " ".join(earlier.folds))
     check_merge_output(args.o, args.overwrite, [*args.m, *([] if args.earlier is None else [args.earlier])])
     merged = merge(share=args.share, per_fold=args.per_fold, progress=True, **merge_options(args))
-    if args.out_fold is not None:
-        merged = Merged({str(args.out_fold): merged["all"]})
-    merged.save(args.o, overwrite=args.overwrite)
+    merged.save(args.o, fold=args.out_fold, overwrite=args.overwrite)
     say(merged)
     if merged.side_by_side:
         print(f"wrote {', '.join(str(args.o / name) for name in merged)}")
@@ -77,9 +75,10 @@ def run(args: Namespace) -> None:
     if len(merged.provenance["inputs"]) > 1 and not recipe["fit"]:
         print("note: the heads were trained on other networks than the merged one: -fit head -d DATASET fits them "
               "with a few images, without labels, and mostly helps much")
-    print(f"wrote {args.o} ({', '.join('fold_' + fold for fold in merged)})\n"
+    folds = list(merged) if args.out_fold is None else [str(args.out_fold)]
+    print(f"wrote {args.o} ({', '.join('fold_' + fold for fold in folds)})\n"
           f"predict with it: nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {args.o} "
-          f"-f {' '.join(merged)}\n"
+          f"-f {' '.join(folds)}\n"
           f"score it: nnunet_transplant_evaluate -m {args.o} -d DATASET -o EVALUATION")
 
 

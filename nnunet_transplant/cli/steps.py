@@ -42,7 +42,7 @@ def add_step_options(parser: Parser) -> None:
 def add_volume_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("-d", nargs="+", metavar="DATASET", help="dataset(s) whose volumes the steps may look at")
     group.add_argument("-cases", metavar="FILE|train:K|val:K", help="out of these cases; default all")
-    group.add_argument("-n_cases", type=int, default=N_CASES, metavar="N",
+    group.add_argument("-n_cases", type=int, metavar="N",
                        help=f"so many volumes of each, spread evenly; default {N_CASES}")
 
 
