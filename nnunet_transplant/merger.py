@@ -3,7 +3,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,6 +60,14 @@ def merge_groups(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = AVER
                                       progress).merge() for i, model in enumerate(groups[0])})
 
 
+class _Aligned(NamedTuple):
+    """Models in common units, and what these depend on."""
+    key: list[Any]           # options of the aligner, labels
+    tried: list[Any] | None  # weights and all options, where the aligner tried what comes of it
+    models: Experts
+    found: dict[str, Any]
+
+
 class Merger:
     """Trained models and a recipe: checked once, merged any number of times, with other weights and options. What does
     not depend on these is done once: reading volumes, matching units, statistics, what the experts say, hashes.
@@ -94,7 +102,7 @@ class Merger:
         patches = [] if recipe.volumes is None else open_patches(recipe.volumes, self.models[0], progress)
         self._experts = Experts(self.models, [model.tensors() for model in self.models], joined, trainer, patches,
                                 torch.device(device), shared, progress)
-        self._aligned: tuple[Any, Experts, dict[str, Any]] | None = None  # the last: key, models, what was found
+        self._aligned: _Aligned | None = None  # the last
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -206,16 +214,20 @@ class Merger:
             return experts, {}
         settings = recipe.settings()
         options = settings[self.aligner.name]
-        tries = "merge" in self.aligner.inputs  # then what it finds depends on all that comes
-        key = [options, experts.joined, [weights, settings] if tries else None]
-        if self._aligned is None or self._aligned[0] != key:
+        key, comes = [options, experts.joined], [weights, settings]
+        last = self._aligned
+        if last is None or last.key != key or (last.tried is not None and last.tried != comes):
+            tried: list[Any] | None = None
+
             def merge(tensors: Sequence[Network]) -> dict[str, torch.Tensor]:
+                nonlocal tried
+                tried = comes
                 if recipe.share:
                     raise TransplantError("-share makes several models: nobody can say how good one of them is")
                 return self._mean(recipe, replace(experts, tensors=tensors), weights)[0]
             tensors, found = self.aligner.call(options, experts=experts, merge=merge)
-            self._aligned = key, replace(experts, tensors=tensors), found
-        return self._aligned[1:]
+            last = self._aligned = _Aligned(key, tried, replace(experts, tensors=tensors), found)
+        return last.models, last.found
 
     def _with_labels(self, joined: JoinedHeads) -> Experts:
         """The models before alignment, for merged labels that depend on the weights: what only tasks of negative weight

@@ -3,18 +3,26 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factory import base_network, random_network, small_plans, write_model
+from factory import base_network, random_network, small_plans, write_model, write_volumes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_transplant import merger as merger_module
+from nnunet_transplant import volumes
+from nnunet_transplant.alignment import aligners
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.merger import merge_folders
+from nnunet_transplant.fitting import head
+from nnunet_transplant.merged_model import Merged, MergedModel
+from nnunet_transplant.merger import Merger, merge_folders
+from nnunet_transplant.methods import fisher, regmean
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.task_vector import theta_0_path
+from nnunet_transplant.volumes import Volumes
 
 LABELS = {"softmax": ({"background": 0, "one": 1, "two": 2}, None),
           "regions": ({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])}
@@ -295,3 +303,135 @@ def test_wrong_base_and_damaged_base_are_refused(tmp_path: Path, tasks: list[Pat
     kept.write_bytes(content)
     with pytest.raises(TransplantError, match="SHA-256 differs"):
         merge_folders(tasks, recipe=Recipe("ties"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many merges of the same models
+
+@pytest.fixture(scope="module")
+def raw(nnunet: Path) -> Path:
+    return write_volumes(nnunet / "raw", "Dataset501_Boxes", {"background": 0, "A": 1, "B": 2, "C": 3}, cases=2,
+                         shape=(16, 16, 16))
+
+
+VOLUMES = Volumes([501], 2)
+MANY: dict[str, tuple[Recipe, list[tuple[list[float] | None, dict[str, Any]]]]] = {
+    "by ties": (Recipe("ties", parameters={"density": 0.4}), [
+        (None, {}), ([1, 2], {}), ([1, 2], {"density": 0.7}), (None, {"lambda_": 0.5, "ties.trim": "tensor"}),
+        (None, {})]),
+    "held back": (Recipe("dare", keep_base_for=["*norm*"], stage_weights=[1, 0.5, 0, 1, 2]), [
+        ([0.5, 0.5], {}), ([1, 2], {"seed": 3}), ([0.5, 0.5], {})]),
+    "one is forgotten, and comes back": (Recipe("task_arithmetic", fit=["head"], volumes=VOLUMES), [
+        ([1, 1], {}), ([1, -1], {}), ([-1, 1], {"positions": 60}), ([1, 1], {})]),
+    "by volumes": (Recipe("fisher", volumes=VOLUMES, fit=["head", "polish"], parameters={"steps": 1}), [
+        (None, {}), ([0.2, 0.8], {}), (None, {"fisher.seed": 2}), (None, {"head.seed": 2}), ([0.8, 0.2], {"lr": 0.01}),
+        (None, {})]),
+    "by Gram matrices": (Recipe("regmean", volumes=VOLUMES), [
+        (None, {}), ([0.2, 0.8], {}), (None, {"off_diagonal": 0.5}), (None, {})]),
+    "aligned": (Recipe(align="activation", volumes=VOLUMES, fit=["head"]), [
+        (None, {}), ([0.3, 0.5, 0.2], {}), (None, {"to": "mean"}), (None, {"units": "zip", "decay": 0.9}),
+        ([0.2, 0.2, 0.6], {"positions": 60}), (None, {})]),
+    "aligned by what comes of it": (Recipe(align="mudsc", volumes=VOLUMES, parameters={"search_alpha": "agreement"}), [
+        (None, {}), ([0.1, 0.3, 0.6], {}), (None, {"search_alpha": "no", "alpha": 0.0}), (None, {})]),
+}
+
+
+def written(merged: MergedModel, folder: Path) -> dict[str, bytes]:
+    Merged({"all": merged}).save(folder, overwrite=True)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_merges_of_one_merger_are_as_fresh_ones(tmp_path: Path, tasks: list[Path], raw: Path, name: str) -> None:
+    recipe, turns = MANY[name]
+    if recipe.align is not None:  # with no common base: else all are in the same units already
+        tasks = [write_model(tmp_path / f"stranger{seed}", {"background": 0, "A": 1, "B": 2}, seed=seed)
+                 for seed in range(3)]
+    groups = [open_models(task) for task in tasks]
+    merger = Merger(groups, recipe)
+    seen = []
+    for weights, parameters in turns:
+        found = written(merger.merge(weights, **parameters), tmp_path / "one")
+        assert found == written(Merger(groups, recipe).merge(weights, **parameters), tmp_path / "other")
+        recorded = json.loads(found["merge.json"])["folds"]["all"]["recipe"]
+        assert recorded["weights"] == weights
+        assert Recipe.from_json(recorded, "it").settings() == recipe.given(parameters).settings()
+        seen.append(found)
+        tensors = merger.tensors(weights, **parameters)
+        state = merger.merge(weights, **parameters).state_dict
+        assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+    assert seen[0] == seen[-1] and len({each["fold_all/checkpoint_final.pth"] for each in seen}) == len(seen) - 1
+    assert merger.recipe == recipe
+
+
+def count(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
+    """Grows with every call."""
+    calls: list[str] = []
+    function = getattr(module, name)
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        return function(*args, **options)
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("align", ["rebasin", "activation", "mudsc"])
+def test_what_depends_on_no_weights_is_done_once(tasks: list[Path], raw: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 align: str) -> None:
+    calls = {name: count(monkeypatch, module, name) for module, name in (
+        (volumes, "preprocessed"), (merger_module, "file_sha256"), (aligners, "match"), (aligners, "derive"),
+        (aligners, "activation_similarity"), (head, "ensemble_logits"))}
+    merger = Merger([open_models(task) for task in tasks], Recipe(align=align, volumes=VOLUMES, fit=["head"]))
+    for share in (0.1, 0.3, 0.5, 0.9):
+        merger.merge([share, 1 - share])
+        merger.tensors([1 - share, share])
+    expected = {"preprocessed": 1, "file_sha256": len(tasks), "match": 1, "derive": 1,
+                "activation_similarity": int(align != "rebasin"), "ensemble_logits": 1}
+    assert {name: len(made) for name, made in calls.items()} == expected
+    merger.merge([0.1, 0.9], to="mean")
+    merger.merge([0.9, 0.1], to="mean")
+    assert len(calls["match"]) == 2
+    merger.merge(None, to="mean", positions=50)  # the head looks at other voxels, the units are the same
+    assert len(calls["match"]) == 2
+    assert len(calls["ensemble_logits"]) == 2
+    for name in ("preprocessed", "file_sha256", "derive", "activation_similarity"):
+        assert len(calls[name]) == expected[name]
+
+
+def test_an_alignment_that_tried_what_comes_of_it_is_made_anew_for_other_weights(
+        tasks: list[Path], raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count(monkeypatch, aligners, "match")
+    merger = Merger([open_models(task) for task in tasks], Recipe(
+        align="mudsc", volumes=VOLUMES, parameters={"search_alpha": "agreement"}))
+    for weights, expected in ((None, 1), (None, 1), ([0.2, 0.8], 2), ([0.2, 0.8], 2), ([0.8, 0.2], 3)):
+        merger.merge(weights)
+        assert len(calls) == expected * len(aligners.ALPHAS)
+
+
+def test_statistics_that_depend_on_no_weights_are_made_once(tasks: list[Path], raw: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [open_models(task) for task in tasks]
+    for method, (module, name) in {"fisher": (fisher, "diagonal"), "regmean": (regmean, "grams")}.items():
+        calls = count(monkeypatch, module, name)
+        merger = Merger(groups, Recipe(method, volumes=VOLUMES))
+        for share in (0.5, 0.2, 0.9):
+            merger.merge([share, 1 - share])
+        assert len(calls) == len(tasks)
+
+
+def test_other_options_of_one_merge_are_checked(tasks: list[Path]) -> None:
+    merger = Merger([open_models(task) for task in tasks], Recipe("ties"))
+    before = merger.tensors()
+    for weights, parameters, message in (
+            ([1], {}, "-weights has 1 numbers for 2 models"), ([-1, 1], {}, "must not be negative"),
+            ([float("nan"), 1], {}, "finite"), (None, {"density": 2}, "-density must lie between 0 and 1"),
+            (None, {"densty": 0.2}, "did you mean density"), (None, {"dare.density": 0.2}, "no -dare.density")):
+        for do in (merger.merge, merger.tensors):
+            with pytest.raises(TransplantError, match=message):
+                do(weights, **parameters)
+    assert all(torch.equal(before[name], tensor) for name, tensor in merger.tensors().items())
+    zipped = Merger([open_models(task) for task in tasks], Recipe(align="rebasin"))
+    zipped.merge([0.3, 0.7])
+    with pytest.raises(TransplantError, match="a zip merges all models equally: leave out -weights"):
+        zipped.merge([0.3, 0.7], units="zip")

@@ -172,6 +172,9 @@ def test_python_writes_lambda_with_a_trailing_underscore() -> None:
     recipe = Recipe("ties", parameters={"ties.lambda": 0.5})
     assert recipe.given({"lambda_": 0.25}).settings()["ties"]["lambda"] == 0.25
     assert recipe.given({"ties.lambda_": 0.25}).to_json()["parameters"] == {"ties.lambda": 0.25}
+    for name in ("density_", "lambda__", "ties.density_"):  # not behind a word of Python
+        with pytest.raises(TransplantError, match=f"ties has no -{name}"):
+            recipe.given({name: 0.25}).settings()
 
 
 def test_a_step_comes_once() -> None:
