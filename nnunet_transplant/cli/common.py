@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     """What is wrong is one line, and a flag that nobody knows may be one misspelt: -densty is not -d ensty."""
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """What else argparse would take a flag for that it does not know."""
+        """What else argparse would take a flag for that it does not know, such as one that starts like it."""
         return []
 
     def error(self, message: str) -> NoReturn:
@@ -69,9 +70,7 @@ def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namesp
     """Parse sys.argv, do the work, and turn what a user can mend into one message on stderr and exit status 1."""
     args = parser.parse_args()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", TransplantNote)
-            warnings.showwarning = _show(warnings.showwarning)
+        with notes_as_lines():
             work(args)
     except BrokenPipeError:  # whoever read our output has left: nothing to tell anybody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,8 +81,17 @@ def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namesp
         _exit(f"{parser.prog}: interrupted", 130)
 
 
+@contextmanager
+def notes_as_lines() -> Iterator[None]:
+    """Each note of ours once, as a line on stderr without the code that made it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TransplantNote)
+        warnings.showwarning = _show(warnings.showwarning)
+        yield
+
+
 def _show(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """Warnings as Python shows them, but each note of ours once, as a line without the code that made it."""
+    """Other warnings as Python shows them."""
     shown = set()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

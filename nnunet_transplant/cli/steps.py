@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_transplant.alignment import ALIGNERS
-from nnunet_transplant.cli.common import Parser
+from nnunet_transplant.cli.common import Parser, notes_as_lines
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.fitting import FITS
 from nnunet_transplant.methods import METHODS, Method
@@ -30,7 +30,9 @@ def add_step_arguments(parser: Parser, default_method: str = "average") -> None:
 def add_step_options(parser: Parser) -> None:
     """A flag for every option of every step: -density, and -ties.density. Not the first where the command has a flag of
     its own of this name: add those before. None is shown by -h, but all steps are listed."""
-    for step in _steps():
+    with notes_as_lines():  # the first to ask loads the steps of other packages
+        steps = _steps()
+    for step in steps:
         for parameter in step.parameters:
             for name in (parameter.name, f"{step.name}.{parameter.name}"):
                 if f"-{name}" not in parser._option_string_actions:
@@ -54,7 +56,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def help_of_steps(parser: Parser) -> None:
     """Where -h stands beside -align, -method or -fit, print what there is to know of those steps, and leave."""
-    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    asked = Parser(add_help=False, allow_abbrev=False, exit_on_error=False)
     asked.add_argument("-h", "--help", action="store_true")
     asked.add_argument("-align")
     asked.add_argument("-method")

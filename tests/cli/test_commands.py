@@ -1,4 +1,5 @@
 """The commands as a user meets them: help with an example, and one clear line with a non-zero exit for bad input."""
+import importlib.metadata
 import os
 import resource
 import subprocess
@@ -16,7 +17,13 @@ from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.prediction import predictor
 
 COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "interference", "flatness",
-            "sweep", "landscape", "report", "demo")
+            "sweep", "landscape", "report", "spec", "demo")
+
+
+def test_every_installed_command_is_here() -> None:
+    installed = {point.name for point in importlib.metadata.entry_points(group="console_scripts")
+                 if point.value.startswith("nnunet_transplant.")}
+    assert installed == {f"nnunet_transplant_{name}" for name in COMMANDS}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -46,7 +53,7 @@ BAD = {
     "unknown method": (["-method", "magic"], "no merging method 'magic'"),
     "weights that do not sum to 1": (["-weights", "0.5", "0.6"], "must sum to 1"),
     "too few weights": (["-weights", "1"], "1 numbers for 2 models"),
-    "parameter of another method": (["-density", "0.5"], "has no -density"),
+    "parameter of another method": (["-density", "0.5"], "average has no -density: there are no options; ties, dare"),
     "missing fold": (["-f", "3"], "A has no fold_3/checkpoint_final.pth; it has fold_0/checkpoint_final.pth"),
     "missing base": (["-base", "/nowhere", "-method", "ties"], "there is no model folder"),
     "two names for one fold": (["--per_fold", "-out_fold", "1"], "-out_fold"),
