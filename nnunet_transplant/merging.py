@@ -82,7 +82,8 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     if not groups:
         raise TransplantError("no models to merge: give them with -m, or an earlier merge with -from" if earlier is None
                               else "-drop left no models to merge")
-    where = "cpu" if wanted.volumes is None else torch_device(device)
+    looks = wanted.volumes is not None and (wanted.looking or wanted.align is not None)
+    where = torch_device(device) if looks else "cpu"
     return merge_groups(groups, wanted, theta_0, base, per_fold or before.per_fold, where, progress)
 
 
