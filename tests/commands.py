@@ -51,6 +51,7 @@ def _call(name: str, args: list[str], environment: dict[str, str], folder: str, 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *sys.path)]
     multiprocessing.set_start_method(start_method, force=True)  # a server's child would start servers
     pools_of_threads(pytest.MonkeyPatch())
     _draw_fewer_intensities()
