@@ -109,8 +109,8 @@ class Experiment:
     def merge(self, family: Family) -> None:
         """All merges with default weights, scored beside the experts and the base; and the same with the head fitted to
         what the experts say of a few volumes, without labels, which is not the papers'."""
-        head = (f" --fit_head -d {self.setting.whole} -cases train:{TEST} -n_cases {self.scale.search_cases} "
-                f"-data_device {self.device}")
+        head = (f" -fit head -d {self.setting.whole} -cases train:{TEST} -n_cases {self.scale.search_cases} "
+                f"-device {self.device}")
         for kind, options in (("default", ""), ("fitted", head)):
             models = [*family.experts.values()] if kind == "default" else []
             for tasks in self.setting.merges:
@@ -132,7 +132,7 @@ class Experiment:
                 self._sweep(family, tasks, sweep, f"-trials {self.scale.trials} -sampler gp -method {turned}{more}")
                 merged.append(family.work / "merged" / name)
                 self.run(merged[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged[-1]} "
-                                     f"-method {turned} -weights @{sweep}/weights.json")
+                                     f"-recipe {sweep}/recipe.json")
         self._score(family, "searched", merged)
 
     def map(self, family: Family) -> None:
@@ -141,14 +141,14 @@ class Experiment:
         tasks = self.setting.merges[0]
         sweep = family.work / "map"
         self._sweep(family, tasks, sweep, f"-grid {self.scale.grid}")
-        self._sweep(family, tasks, family.work / "map_fitted", f"-grid {(self.scale.grid + 1) // 2} --fit_head")
+        self._sweep(family, tasks, family.work / "map_fitted", f"-grid {(self.scale.grid + 1) // 2} -fit head")
         merged = family.work / "merged" / merge_name("average", "grid", tasks)
         self.run(merged, f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {merged} "
-                         f"-method task_arithmetic -weights @{sweep}/weights.json")
+                         f"-recipe {sweep}/recipe.json")
         self._score(family, "grid", [merged])
 
     def _sweep(self, family: Family, tasks: Sequence[str], output: Path, options: str) -> None:
-        self.run(output / "weights.json",
+        self.run(output / "recipe.json",
                  f"nnunet_transplant_sweep -m {family.models(tasks)} -d {self.setting.whole} -f {SEARCH} -tune 1 "
                  f"-n_cases {self.scale.search_cases} -device {self.device} -o {output} {options}")
 
