@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from factory import base_network, small_plans, write_model
 
 from nnunet_transplant import checkpoint
@@ -93,3 +94,24 @@ def test_output_is_whole_or_absent(tmp_path: Path, tasks: list[Path], monkeypatc
     with pytest.raises(TransplantError, match="replaces nothing else"):
         merged.save(precious, overwrite=True)
     assert (precious / "thesis.txt").exists()
+
+
+def test_a_fold_may_have_a_number(tmp_path: Path, tasks: list[Path]) -> None:
+    """For tools that take only numbers: the same model, under another name."""
+    merged = merge_folders(tasks)
+    plain, numbered = merged.save(tmp_path / "plain"), merged.save(tmp_path / "numbered", fold=3)
+    assert sorted(path.name for path in numbered.glob("fold_*")) == ["fold_3"]
+    one, other = (checkpoint.read(folder / name / "checkpoint_final.pth")
+                  for folder, name in ((plain, "fold_all"), (numbered, "fold_3")))
+    assert other["init_args"]["fold"] == "3" and one["init_args"]["fold"] == "all"
+    assert all(torch.equal(one["network_weights"][name], tensor) for name, tensor in other["network_weights"].items())
+    assert list(json.loads((numbered / "merge.json").read_text())["folds"]) == ["3"]
+    assert list(merged) == ["all"]
+    folds = merge_folders([tasks[0]], per_fold=True)
+    shared = merge_folders(tasks, recipe=Recipe(align="rebasin", share=["encoder.*"]))
+    for wrong, fold, message in ((merged, -1, "-out_fold must not be negative, not -1"),
+                                 (folds, 1, "-out_fold names the one fold that is written; here are several: 0"),
+                                 (shared, 1, "-out_fold names the one fold that is written; here are several models")):
+        with pytest.raises(TransplantError, match=message):
+            wrong.save(tmp_path / "wrong", fold=fold)
+        assert not (tmp_path / "wrong").exists()

@@ -238,6 +238,20 @@ def test_none_takes_the_fit_away_and_the_volumes_with_it(tmp_path: Path, models:
     assert_same(merge(earlier=fisher, fit="none", method="average"), merge(two))
 
 
+def test_other_cases_of_the_volumes_it_starts_from(tmp_path: Path, models: dict[str, Path], fitted: Path) -> None:
+    assert read_merge(fitted).recipe.volumes == Volumes([501], 1)
+    found = on_cpu(earlier=fitted, n_cases=2)
+    assert recipe_of(found)["volumes"] == {"datasets": [501], "cases": None, "n_cases": 2}
+    assert len(found.provenance["volumes"]["Dataset501_Boxes"]) == 2
+    chosen = tmp_path / "cases.txt"
+    chosen.write_text("case_2\n")
+    assert on_cpu(earlier=fitted, cases=str(chosen)).provenance["volumes"] == {"Dataset501_Boxes": ["case_2"]}
+    recipe = Recipe(fit=["head"], volumes=Volumes([501], 1))
+    assert_same(on_cpu([models["B"], models["C"]], recipe=recipe, n_cases=3),
+                on_cpu([models["B"], models["C"]], fit="head", images=501, n_cases=3))
+    assert recipe.volumes == Volumes([501], 1)
+
+
 def test_none_takes_the_alignment_away(models: dict[str, Path], fitted: Path) -> None:
     two = [models["B"], models["C"]]
     found = on_cpu(earlier=fitted, align="none")
@@ -279,6 +293,8 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
     "images for nobody": ({"models": "TWO", "method": "ties", "images": 501}, "ties looks at no volumes"),
     "no such images": ({"models": "TWO", "fit": "head", "images": 777}, "777"),
     "no case": ({"models": "TWO", "fit": "head", "images": 501, "n_cases": 0}, "-n_cases must be at least 1, not 0"),
+    "cases of nothing": ({"models": "TWO", "n_cases": 2}, "-cases and -n_cases choose among the volumes of a dataset"),
+    "cases of nothing any more": ({"earlier": "EARLIER", "cases": "val:0"}, "give it with -d"),
     "shares of each fold": ({"models": "TWO", "align": "rebasin", "share": ["encoder.*"], "per_fold": True},
                             "-share writes a model for each input"),
 }
