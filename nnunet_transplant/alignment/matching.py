@@ -167,7 +167,7 @@ def _zip(similarity: np.ndarray, models: int, decay: float, budget: float, keep:
     over = 0  # of how many models a join may go over the budget. It never falls: units only come to hold more models
     # Not less than the similarity of unit i to the most similar j > i. Exact values cost a search of a row each; this
     # way only rows that come up as the most similar are searched, once or twice for a join and not all of them.
-    bound = np.full(count, np.inf)
+    bound: np.ndarray = np.full(count, np.inf)
     for _ in range(count - keep):
         while True:
             i = int(bound.argmax())  # the first of equals: no row before it reaches this bound
