@@ -22,10 +22,10 @@ NONE = "none"  # takes a step away that is there to start from
 def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None = None, method: str | None = None,
           fit: str | Sequence[str] | None = None, images: str | int | Sequence[str | int] | None = None,
           cases: str | None = None, n_cases: int | None = None, weights: Sequence[float] | None = None,
-          keep_base_for: Sequence[str] | None = None, stage_weights: Sequence[float] | None = None,
-          share: Sequence[str] | None = None, same_channels: bool | None = None,
-          folds: Sequence[str | int] | None = None, base: Path | str | None = None,
-          recipe: Recipe | Path | str | None = None, earlier: Path | str | None = None, drop: Sequence[str] = (),
+          keep_base_for: str | Sequence[str] | None = None, stage_weights: Sequence[float] | None = None,
+          share: str | Sequence[str] | None = None, same_channels: bool | None = None,
+          folds: str | int | Sequence[str | int] | None = None, base: Path | str | None = None,
+          recipe: Recipe | Path | str | None = None, earlier: Path | str | None = None, drop: str | Sequence[str] = (),
           per_fold: bool = False, checkpoint_name: str = CHECKPOINT, device: str = "cuda", trust: bool = False,
           progress: bool = False, **parameters: Any) -> Merged:
     """Merge trained nnU-Net models into one ordinary nnU-Net model: `merge([A, B], fit="head", images=5).save(OUT)`.
@@ -49,7 +49,7 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     Raises TransplantError for what a user can mend.
     """
     use_our_trainers()
-    given: list[Path | str] = [models] if isinstance(models, (str, Path)) else list(models)
+    given, drop = _several(models), _several(drop)
     before = Earlier([], Recipe(), None)
     if earlier is not None:
         if recipe is not None:
@@ -67,8 +67,8 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
         raise TransplantError("-drop leaves out models of an earlier merge: give it with -from")
     kept = before.without(drop)
     wanted = _changed(before.recipe, align, method, fit, parameters)
-    other: dict[str, Any] = {"weights": weights, "keep_base_for": keep_base_for, "stage_weights": stage_weights,
-                             "share": share, "same_channels": same_channels}
+    other: dict[str, Any] = {"weights": weights, "keep_base_for": _several(keep_base_for),
+                             "stage_weights": stage_weights, "share": _several(share), "same_channels": same_channels}
     wanted = replace(wanted, **{name: value for name, value in other.items() if value is not None})
     wanted = _with_volumes(wanted, images, cases, n_cases)
     if before.inputs and weights is None and wanted.weights is not None and (given or drop):
@@ -77,8 +77,8 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     base = before.base if base is None else base
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [*_open_kept(kept, checkpoint_name, trust, theta_0),
-              *(open_models(path, None if folds is None else [str(fold) for fold in folds], checkpoint_name, trust,
-                            theta_0) for path in given)]
+              *(open_models(path, None if folds is None else [str(fold) for fold in _several(folds)], checkpoint_name,
+                            trust, theta_0) for path in given)]
     if not groups:
         raise TransplantError("no models to merge: give them with -m, or an earlier merge with -from" if earlier is None
                               else "-drop left no models to merge")
@@ -109,6 +109,13 @@ def predict(models: Merged | Path | str | Sequence[Path | str], input: Path | st
         progress=progress)
 
 
+def _several(given: Any) -> Any:
+    """A list, of one thing too; None stays None."""
+    if given is None:
+        return None
+    return [given] if isinstance(given, (str, int, Path)) else list(given)
+
+
 def _changed(recipe: Recipe, align: str | None, method: str | None, fit: str | Sequence[str] | None,
              parameters: Mapping[str, Any]) -> Recipe:
     """A recipe with other steps and options; what a step that goes away had goes with it."""
@@ -118,7 +125,7 @@ def _changed(recipe: Recipe, align: str | None, method: str | None, fit: str | S
     if method not in (None, recipe.method):
         changed = replace(changed, method=method, weights=None)
     if fit is not None:
-        changed = replace(changed, fit=[name for name in ([fit] if isinstance(fit, str) else fit) if name != NONE])
+        changed = replace(changed, fit=[name for name in _several(fit) if name != NONE])
     names = _options(changed)
     gone = _options(recipe) - names
     kept = {name: value for name, value in recipe.parameters.items() if name not in gone}
@@ -146,8 +153,7 @@ def _with_volumes(recipe: Recipe, images: str | int | Sequence[str | int] | None
                   n_cases: int | None) -> Recipe:
     """A recipe with other volumes, or with others of the same datasets; with none where no step looks any more."""
     if images is not None:
-        datasets = [images] if isinstance(images, (str, int)) else list(images)
-        return replace(recipe, volumes=Volumes(datasets, N_CASES if n_cases is None else n_cases, cases))
+        return replace(recipe, volumes=Volumes(_several(images), N_CASES if n_cases is None else n_cases, cases))
     if recipe.volumes is None:
         if cases is not None or n_cases is not None:
             raise TransplantError("-cases and -n_cases choose among the volumes of a dataset: give it with -d")

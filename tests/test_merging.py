@@ -70,6 +70,19 @@ def on_cpu(*models: Any, **options: Any) -> Merged:
 # ---------------------------------------------------------------------------------------------------------------------
 # What is merged, and how
 
+def test_one_thing_is_a_list_of_one(tmp_path: Path, models: dict[str, Path]) -> None:
+    two = [models["A"], models["B"]]
+    lists = on_cpu(two, keep_base_for=["*norm*"], folds=["0"], fit=["head"], images=[501], n_cases=1)
+    single = on_cpu(two, keep_base_for="*norm*", folds="0", fit="head", images=501, n_cases=1)
+    assert_same(single, lists)
+    assert_same(on_cpu(two, keep_base_for="*norm*", folds=0, fit="head", images=501, n_cases=1), lists)
+    lists.save(tmp_path / "merged")
+    dropped = [on_cpu(earlier=tmp_path / "merged", drop=drop) for drop in ("Dataset900_A", ["Dataset900_A"])]
+    assert_same(*dropped)
+    shared = [on_cpu(two, folds="0", align="rebasin", share=share) for share in ("encoder.*", ["encoder.*"])]
+    assert_same(*shared)
+
+
 def test_what_is_said_is_the_recipe(models: dict[str, Path]) -> None:
     two = [models["B"], models["C"]]
     recipe = Recipe("ties", [1, 2], {"density": 0.4, "ties.trim": "tensor"}, keep_base_for=["*norm*"],
