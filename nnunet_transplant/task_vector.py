@@ -85,7 +85,7 @@ def write_task_vector(theta: Mapping[str, torch.Tensor], theta_0: Mapping[str, t
             if len(off):
                 tensors[f"exact.{name}.index"] = off
                 tensors[f"exact.{name}.values"] = tensor.reshape(-1)[off]
-    checkpoints.write_safetensors(tensors, path, {RECORD: json.dumps(asdict(header), sort_keys=True)})
+    checkpoints.write_safetensors(tensors, path, {RECORD: json.dumps(asdict(header))})
 
 
 def _smallest_kept(theta: Mapping[str, torch.Tensor], theta_0: Mapping[str, torch.Tensor], density: float) -> float:

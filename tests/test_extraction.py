@@ -115,6 +115,25 @@ def test_files_merge_like_their_models(tmp_path: Path, base: Path, tasks: list[P
     assert inputs[1]["path"] == str(files[1]) and inputs[1]["sha256"] == file_sha256(files[1])
 
 
+@pytest.mark.parametrize(("labels", "order"), [
+    ([{"background": 0, "spleen": 1, "liver": 2}, {"background": 0, "kidney": 1, "aorta": 2}], None),
+    ([{"background": 0, "spleen": 1, "liver": 2}] * 2, None),
+    ([{"background": 0, "whole": [1, 2, 3], "core": [2, 3], "edge": 3}] * 2, [1, 2, 3]),
+    ([{"background": 0, "whole": [1, 2], "core": [2]}, {"background": 0, "vessels": [1, 2], "aorta": [2]}], [1, 2])])
+def test_labels_keep_their_order(tmp_path: Path, base: Path, labels: list[dict], order: list | None) -> None:
+    """It says which row of a head is which region, and which value a structure gets."""
+    network = base_network()
+    models = [write_model(tmp_path / f"model_{i}", each, order, base=network, seed=i) for i, each in enumerate(labels)]
+    files = [tmp_path / f"{i}.safetensors" for i in range(len(models))]
+    for model, file in zip(models, files, strict=True):
+        extract(model, file)
+    expected = merge_folders(models, recipe=Recipe("ties"))["all"]
+    for given in (files, [files[0], models[1]]):
+        found = merge_folders(given, base=base, recipe=Recipe("ties"))["all"]
+        assert json.dumps(found.dataset_json) == json.dumps(expected.dataset_json)
+        assert all(torch.equal(tensor, found.state_dict[name]) for name, tensor in expected.state_dict.items())
+
+
 def test_the_file_says_where_it_came_from_and_nothing_of_patients(tmp_path: Path, tasks: list[Path]) -> None:
     dataset = json.loads((tasks[0] / "dataset.json").read_text())
     dataset["dataset"] = {"patient": {"images": ["/secret/patient.nii.gz"]}}
