@@ -52,7 +52,8 @@ def test_the_whole_job_on_rgb(nnunet: Path) -> None:
     experts = [train(number, "TaskVector", "-pretrained_weights", base) for number in (832, 833)]
     look = ["-d", 831, "-cases", "train:0", "-n_cases", 2]
     merged = nnunet / "merged"
-    fork_command("nnunet_transplant_merge", "-m", *experts, "-method", "fisher", "--fit_head", *look, "-o", merged)
+    fork_command("nnunet_transplant_merge", "-m", *experts, "-method", "fisher", "-fit", "head", *look, "-device",
+                 "cpu", "-o", merged)
 
     images = nnunet / "raw" / PARENT / "imagesTr"
     options = ["-i", images, "-m", merged, "-device", "cpu"]
@@ -69,7 +70,7 @@ def test_the_whole_job_on_rgb(nnunet: Path) -> None:
     assert re.search(r"^Red +\d", done.stdout, re.M) and re.search(r"^Blue +\d", done.stdout, re.M)
     fork_command("nnunet_transplant_sweep", "-m", *experts, "-d", 831, "-f", "all", "-n_cases", 2, "-trials", 2,
                  "-device", "cpu", "-o", nnunet / "sweep")
-    assert (nnunet / "sweep" / "weights.json").is_file()
+    assert (nnunet / "sweep" / "recipe.json").is_file()
 
     few = nnunet / "grey"
     few.mkdir()

@@ -107,8 +107,10 @@ def analyse(folder: Path, number: int, base: Path, experts: list[Path], merged: 
                  "-line_points", 2, "-o", folder / "landscape", *look)
     fork_command("nnunet_transplant_sweep", "-m", *experts, "-f", "all", "-n_cases", 2, "-trials", 2, "-o",
                  folder / "sweep", *look)
-    fork_command("nnunet_transplant_merge", "-m", *experts, "-weights", f"@{folder / 'sweep' / 'weights.json'}", "-o",
-                 folder / "best")
+    fork_command("nnunet_transplant_merge", "-recipe", folder / "sweep" / "recipe.json", "-o", folder / "best")
+    best = json.loads((folder / "best" / "merge.json").read_text())["folds"]["all"]
+    assert [Path(each["path"]).parents[1] for each in best["inputs"]] == experts
+    assert best["recipe"]["weights"] == json.loads((folder / "sweep" / "sweep.json").read_text())["best"]["weights"]
     parts = [part for name in ("interference", "flatness", "landscape", "sweep")
              for part in (f"-{name}", folder / name)]
     fork_command("nnunet_transplant_report", "-m", merged, "-evaluation", scores, *parts, "-o", folder / "report.html")
