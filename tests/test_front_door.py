@@ -43,6 +43,16 @@ print(json.dumps([sorted(name.partition(".")[0] for name in sys.modules), change
     assert environment == {} and version == nt.__version__
 
 
+@pytest.mark.parametrize("command", ["trainers", "demo", "split_tasks"])
+def test_commands_that_need_no_network_start_quickly(command: str) -> None:
+    """`export nnUNet_extTrainer="$(nnunet_transplant_trainers)"` stands in the start-up files of shells."""
+    found = in_a_fresh_process(f"""
+import nnunet_transplant.cli.{command}
+print(json.dumps(sorted(name.partition(".")[0] for name in sys.modules)))
+""")
+    assert not {"torch", "nnunetv2", "numpy"} & {*found}
+
+
 def test_every_name_is_there_and_dir_has_it() -> None:
     for name in nt.__all__:
         assert getattr(nt, name) is not None

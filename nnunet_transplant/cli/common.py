@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nnunet_transplant.errors import TransplantError, TransplantNote
-from nnunet_transplant.model_folder import CHECKPOINT
 from nnunet_transplant.steps import did_you_mean
 
 
@@ -48,6 +47,8 @@ def add_case_arguments(parser: argparse._ActionsContainer, what: str) -> None:
 
 
 def add_checkpoint_arguments(parser: argparse._ActionsContainer) -> None:
+    from nnunet_transplant.model_folder import CHECKPOINT  # slow import: commands without models stay quick
+
     parser.add_argument("-chk", default=CHECKPOINT, metavar="NAME", help=f"checkpoint to take; default {CHECKPOINT}")
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="load checkpoints that ask for more than weights; they can run code")
