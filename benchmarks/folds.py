@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from methods import ALIGNED, flags
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from steps import PLANS, Steps, prepare_hippocampus, write_small_plans
@@ -31,19 +32,20 @@ ALL = 5  # the split with all 160 training cases; its validation cases are the t
 TASKS = {921: "Anterior", 922: "Posterior"}
 WIDTHS = {16: (1, 2), 32: (0, 1), 64: (0, 1)}  # features -> folds; fold 0 of 16 failed in training when we ran it
 LOOK = f"-d 4 -cases train:{ALL} -n_cases 6"  # volumes of training cases; their labels are not used
-ALIGNED = f"-method activation_align {LOOK}"
+ALIGN = {name: flags(recipe) for name, recipe in ALIGNED.items()}
+ACTIVATION, FIT = f"{ALIGN['activation_align']} {LOOK}", "-fit head"
 METHODS = {
-    "average": "", "average, head fitted": f"{LOOK} --fit_head", "rebasin": "-method rebasin",
-    "weight_zip": "-method weight_zip", "activation_align": ALIGNED,
-    "activation_align to the mean": f"{ALIGNED} -to mean",
-    "mudsc_align, alpha 0.3": f"-method mudsc_align -alpha 0.3 {LOOK}",
-    "mudsc_align, alpha 0.5": f"-method mudsc_align -alpha 0.5 {LOOK}", "zipit": f"-method zipit {LOOK}",
-    "zipit, decay 1": f"-method zipit -decay 1 {LOOK}",
-    "mudsc_zip, alpha 0.5": f"-method mudsc_zip -alpha 0.5 {LOOK}",
-    "mudsc_zip, head fitted": f"-method mudsc_zip -alpha 0.5 {LOOK} --fit_head",
-    "activation_align, head fitted": f"{ALIGNED} --fit_head",
-    "activation_align, regmean": f"{ALIGNED} -then regmean -off_diagonal 0.5",
-    "activation_align, refit": f"{ALIGNED} -then refit -positions 512"}
+    "average": "", "average, head fitted": f"{LOOK} {FIT}", "rebasin": ALIGN["rebasin"],
+    "weight_zip": ALIGN["weight_zip"], "activation_align": ACTIVATION,
+    "activation_align to the mean": f"{ACTIVATION} -to mean",
+    "mudsc_align, alpha 0.3": f"{ALIGN['mudsc_align']} -alpha 0.3 {LOOK}",
+    "mudsc_align, alpha 0.5": f"{ALIGN['mudsc_align']} -alpha 0.5 {LOOK}", "zipit": f"{ALIGN['zipit']} {LOOK}",
+    "zipit, decay 1": f"{ALIGN['zipit']} -decay 1 {LOOK}",
+    "mudsc_zip, alpha 0.5": f"{ALIGN['mudsc_zip']} -alpha 0.5 {LOOK}",
+    "mudsc_zip, head fitted": f"{ALIGN['mudsc_zip']} -alpha 0.5 {LOOK} {FIT}",
+    "activation_align, head fitted": f"{ACTIVATION} {FIT}",
+    "activation_align, regmean": f"-align activation -method regmean -off_diagonal 0.5 {LOOK}",
+    "activation_align, refit": f"-align activation -method refit -positions 512 {LOOK}"}
 COMMON = ("average", "activation_align", "activation_align, head fitted", "mudsc_zip, alpha 0.5",
           "mudsc_zip, head fitted")
 PRACTICAL = (*COMMON, "average, head fitted")
@@ -61,7 +63,7 @@ def main() -> None:
     tests = prepare(run, args.data)
     train(run, args.device)
     every, base = (run.model(DATASET, trainer) / f"fold_{ALL}" / "checkpoint_final.pth" for trainer in (WHOLE, HALF))
-    ties = {"ties": f"-method ties -base {base}", "ties, head fitted": f"-method ties -base {base} {LOOK} --fit_head"}
+    ties = {"ties": f"-method ties -base {base}", "ties, head fitted": f"-method ties -base {base} {LOOK} {FIT}"}
     practical = {name: METHODS[name] for name in PRACTICAL}
     for name, trainer, plans, folds, methods, beside in (
             ("folds", WHOLE, PLANS, (0, 1, 2), METHODS, {"all cases": every}),
@@ -128,19 +130,20 @@ def merge_and_score(run: Steps, name: str, folds: list[Path], methods: Mapping[s
             shutil.copytree(fold, ensemble / fold.name)
     checkpoints = " ".join(str(fold / "checkpoint_final.pth") for fold in folds)
     only_first = f"-weights 1 {' '.join('0' * (len(folds) - 1))} {LOOK}"
-    more = {"first fold, head fitted": f"{only_first} --fit_head"}
+    more = {"first fold, head fitted": f"{only_first} {FIT}"}
     if name == "folds":
-        more |= {"first fold, polished": f"{only_first} -polish {POLISHED}",
-                 "activation_align, polished": f"{ALIGNED} -polish {POLISHED}"}
+        more |= {"first fold, polished": f"{only_first} -fit polish -steps {POLISHED}",
+                 "activation_align, polished": f"{ACTIVATION} -fit polish -steps {POLISHED}"}
     models = {f"fold {fold.name[5:]}": fold / "checkpoint_final.pth" for fold in folds}
     models |= {"ensemble": ensemble, **beside}
     for method, options in (methods | more).items():
         models[method] = work / method.replace(", ", "_").replace(" ", "_")
-        run(models[method], f"nnunet_transplant_merge -m {checkpoints} -o {models[method]} {options}")
+        run(models[method], f"nnunet_transplant_merge -m {checkpoints} -o {models[method]} -device {device} "
+                            f"{options}")
     if name == "folds":
         models["random weights, polished"] = output = work / "random_weights_polished"
-        run(output, f"python {Path(__file__).with_name('polish_random.py')} {checkpoints} {LOOK} -polish {POLISHED} "
-                    f"-o {output}")
+        run(output, f"python {Path(__file__).with_name('polish_random.py')} {checkpoints} {LOOK} -steps {POLISHED} "
+                    f"-device {device} -o {output}")
     scores = {}
     for method, model in models.items():  # one by one: an interrupted run goes on
         output = work / "scores" / method.replace(", ", "_").replace(" ", "_")

@@ -1,7 +1,7 @@
-"""Pull random weights towards an ensemble, as nnunet_transplant_merge -polish pulls merged ones: what polishing by
+"""Pull random weights towards an ensemble, as nnunet_transplant_merge -fit polish pulls merged ones: what polishing by
 itself is worth.
 
-    python benchmarks/polish_random.py CHECKPOINT CHECKPOINT ... -d 4 -cases train:5 -n_cases 6 -polish 150 -o OUTPUT
+    python benchmarks/polish_random.py CHECKPOINT CHECKPOINT ... -d 4 -cases train:5 -n_cases 6 -steps 150 -o OUTPUT
 """
 import argparse
 from dataclasses import replace
@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 
 from nnunet_transplant.architecture import build_network
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.fitting.polish import polish
 from nnunet_transplant.heads import join
-from nnunet_transplant.merging.calibration import Volumes, open_calibration
-from nnunet_transplant.merging.ensemble import polish
-from nnunet_transplant.merging.merge import Recipe, merge_folders, write_merge
+from nnunet_transplant.merged_model import Merged
+from nnunet_transplant.merger import Merger
 from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.prediction import torch_device
+from nnunet_transplant.volumes import N_CASES, Volumes, open_patches
 
 
 def main() -> None:
@@ -22,25 +25,25 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("-d", dest="dataset", required=True)
     parser.add_argument("-cases")
-    parser.add_argument("-n_cases", type=int, default=8)
-    parser.add_argument("-polish", type=int, required=True)
+    parser.add_argument("-n_cases", type=int, default=N_CASES)
+    parser.add_argument("-steps", type=int, required=True)
+    parser.add_argument("-device", default="cpu")
     parser.add_argument("-o", dest="output", type=Path, required=True)
     args = parser.parse_args()
     models = [model for path in args.checkpoints for model in open_models(path)]
-    whole = merge_folders(args.checkpoints)["all"]  # for everything but its weights
-    calibration = open_calibration(Volumes([args.dataset], args.n_cases, args.cases), models, whole.dataset_json, {},
-                                   whole.trainer, progress=True)
+    whole = Merger([[model] for model in models]).merge()  # for everything but its weights
+    first, volumes = models[0], Volumes([args.dataset], args.n_cases, args.cases)
+    experts = Experts(models, [model.tensors() for model in models], join(models, [1 / len(models)] * len(models)),
+                      whole.trainer, open_patches(volumes, first, progress=True), torch_device(args.device),
+                      progress=True)
     torch.manual_seed(0)
-    first = models[0]
     network = build_network(first.plans, first.configuration, whole.dataset_json, whole.trainer, deep_supervision=True)
-    state = network.state_dict()
-    canonical = first.layout.canonical
-    start = {canonical[name]: state[name] for name in first.layout.shapes}
-    polished = polish(calibration, join(models, [1 / len(models)] * len(models)), start, args.polish,
-                      Recipe().polish_lr)
-    write_merge({"all": replace(whole, weights={name: polished[canonical[name]] for name in whole.weights},
-                                provenance=whole.provenance | {"method": "random weights", "polish": args.polish})},
-                args.output)
+    state, canonical = network.state_dict(), first.layout.canonical
+    polished = polish({canonical[name]: state[name] for name in first.layout.shapes}, experts, args.steps)
+    record = whole.provenance["recipe"] | {"method": "random weights", "fit": ["polish"],
+                                           "parameters": {"polish.steps": args.steps}}
+    Merged({"all": replace(whole, state_dict={name: polished[canonical[name]] for name in whole.state_dict},
+                           provenance=whole.provenance | {"recipe": record, "steps": []})}).save(args.output)
 
 
 if __name__ == "__main__":
