@@ -153,6 +153,20 @@ def test_two_structures_of_the_same_labels_both_have_scores(dataset: Path, tmp_p
     assert summary["mean"][2]["n_pred"] != summary["mean"][2, 2]["n_pred"]
 
 
+@pytest.mark.parametrize(("options", "cases"), [
+    ({"cases": "train:0"}, ["c"]), ({"cases": "val:0"}, ["a", "b"]), ({"cases": "cases.txt"}, ["b", "c"]),
+    ({"cases": "cases.txt", "n_cases": 1}, ["b"]), ({"fold": "all", "n_cases": 2}, ["a", "b"]),
+    ({"fold": "0", "n_cases": 9}, ["a", "b"])])
+def test_cases_may_be_chosen(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict,
+                             cases: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cases.txt").write_text("c\nb\n")
+    scores = run([random_model(tmp_path / "model")], tmp_path / "out", **options)
+    assert list(scores["case"].unique()) == cases
+    assert sorted(path.name for path in (tmp_path / "out" / "model" / "predictions").iterdir()) == [
+        f"{case}.nii.gz" for case in cases]
+
+
 def test_images_by_a_dataset_entry(dataset: Path, tmp_path: Path) -> None:
     """As task datasets have it: images elsewhere, labels beside the dataset.json."""
     (dataset / "imagesTr").rename(tmp_path / "images")
@@ -198,6 +212,9 @@ ERRORS = {
     "unknown case": (lambda d: None, {"fold": "2"}, "case z has no images in Dataset700_Small"),
     "channels": (write_two_channels, {}, "takes 1 channel, but case a of Dataset700_Small has 2"),
     "structures": (lambda d: edit_json(d / "dataset.json", labels={"background": 0, "x": 1}), {}, "has no structure"),
+    "chosen case": (lambda d: (d.parents[1] / "cases.txt").write_text("a\nz"), {"cases": "cases.txt"},
+                    "1 of the chosen cases are not in the dataset: z"),
+    "no cases": (lambda d: None, {"n_cases": 0}, "-n_cases must be at least 1, not 0"),
     "device": (lambda d: None, {"device": "tpu"}, "-device must be"),
     "step": (lambda d: None, {"step_size": 0.0}, "-step_size must be above 0"),
     "checkpoint": (lambda d: None, {"checkpoint_name": "checkpoint_best.pth"}, "no fold_X/checkpoint_best.pth"),
@@ -208,7 +225,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors_are_clear_and_leave_nothing(dataset: Path, tmp_path: Path, name: str) -> None:
+def test_errors_are_clear_and_leave_nothing(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            name: str) -> None:
+    monkeypatch.chdir(tmp_path)
     spoil, options, message = ERRORS[name]
     spoil(dataset)
     folder = random_model(tmp_path / "model")

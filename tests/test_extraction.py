@@ -173,6 +173,16 @@ def test_wrong_bases_and_requests_are_refused(tmp_path: Path, base: Path, tasks:
         merge_folders([path], base=other)
 
 
+def test_an_existing_file_is_replaced_only_if_asked(tmp_path: Path, tasks: list[Path]) -> None:
+    path = tmp_path / "vector.safetensors"
+    path.write_text("mine")
+    with pytest.raises(TransplantError, match="exists already; give another -o, or --overwrite"):
+        extract(tasks[0], path)
+    assert path.read_text() == "mine"
+    extract(tasks[0], path, overwrite=True)
+    assert read_header(path).dataset_json["labels"] == {"background": 0, "A": 1}
+
+
 def test_damaged_files_are_refused(tmp_path: Path, base: Path, tasks: list[Path]) -> None:
     path = tmp_path / "vector.safetensors"
     extract(tasks[0], path, density=0.5)

@@ -75,6 +75,19 @@ def test_a_model_twice_measures_the_same_whatever_the_batch(tmp_path: Path, mode
         "hessian_trace_error"] is None  # of one probe: JSON has no NaN
 
 
+@pytest.mark.parametrize(("options", "cases"), [
+    ({"n_patches": 3}, ["case_0", "case_1", "case_2"]), ({"n_patches": 2}, ["case_0", "case_1"]),
+    ({"n_patches": 2, "n_cases": 1}, ["case_0"]), ({"n_patches": 1, "n_cases": 3}, ["case_0", "case_1", "case_2"]),
+    ({"n_patches": 2, "cases": "cases.txt"}, ["case_1", "case_2"])])
+def test_which_cases_are_looked_at(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+                                   options: dict, cases: list[str]) -> None:
+    """As many as patches, unless told."""
+    monkeypatch.chdir(tmp_path)
+    Path("cases.txt").write_text("case_2\ncase_1\n")
+    found = flatness([models["base"]], 501, "all", output=tmp_path / "out", n_eigenvalues=0, device="cpu", **options)
+    assert found["models"]["base__fold_0"]["cases"] == {"Dataset501_Boxes": cases}
+
+
 def test_task_vector_files_and_models_that_record_no_base(tmp_path: Path, models: dict[str, Path]) -> None:
     file = tmp_path / "A.safetensors"
     extract(models["A"], file)

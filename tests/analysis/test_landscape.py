@@ -160,6 +160,10 @@ def test_an_interrupted_run_goes_on_and_another_is_refused(tmp_path: Path, model
     assert whole["barriers"] == result["barriers"]
     with pytest.raises(TransplantError, match="a landscape of other models or settings"):
         landscape(paths, output=output, **options | {"seed": 1})
+    for other in ({"n_cases": 2}, {"cases": str(tmp_path / "cases.txt")}):
+        (tmp_path / "cases.txt").write_text("case_1")
+        with pytest.raises(TransplantError, match="a landscape of other models or settings"):
+            landscape(paths, output=output, **options | other)
     again = landscape(paths, output=output, overwrite=True, **options | {"seed": 1})
     assert again["setup"]["seed"] == 1 and len(list(csv.reader((output / "landscape.csv").open()))) == 6
     assert json.loads((output / "landscape.json").read_text()) == again
