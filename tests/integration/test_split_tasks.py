@@ -406,13 +406,13 @@ def damaged_label(root: Path, case: str) -> tuple[Path, str]:
 def cropped_label(root: Path, case: str) -> tuple[Path, str]:
     file = root / "raw" / PARENT / "labelsTr" / f"{case}.nii.gz"
     SimpleITK.WriteImage(SimpleITK.ReadImage(str(file))[1:], str(file))
-    return file, f"Case {case}: the images have the shape"
+    return file, f"case {case}: the images have the shape"
 
 
 def broken_image(root: Path, case: str) -> tuple[Path, str]:
     file = root / "raw" / PARENT / "imagesTr" / f"{case}_0000.nii.gz"
     file.write_bytes(b"no image")
-    return file, f"Cannot read the images or the label map of case {case}"
+    return file, f"cannot read the images or the label map of case {case}"
 
 
 def missing_preprocessed_case(root: Path, case: str) -> tuple[Path, str]:
