@@ -20,18 +20,21 @@ import torch
 from folds import ALL, DATASET, HALF, PLANS, WHOLE, Steps, prepare
 
 from nnunet_transplant.alignment import dual
-from nnunet_transplant.alignment.dual import Solver, aligned, zipped
+from nnunet_transplant.alignment.aligners import put_together
+from nnunet_transplant.alignment.dual import Solver, matcher, zipper
 from nnunet_transplant.alignment.spec import Group, Segment
-from nnunet_transplant.alignment.weights import Assignments, WeightSimilarity
+from nnunet_transplant.alignment.weight_space import Assignments, WeightSimilarity
 from nnunet_transplant.analysis.scoring import dice, open_labelled_cases
 from nnunet_transplant.data.cases import evaluation_cases
-from nnunet_transplant.merging import Recipe, Volumes
-from nnunet_transplant.merging.align import put_together
-from nnunet_transplant.merging.ensemble import ensemble_lessons, teach_head
-from nnunet_transplant.merging.merge import _Work
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.fitting.head import lessons_of, teach_head
+from nnunet_transplant.heads import join
+from nnunet_transplant.methods import METHODS
+from nnunet_transplant.methods.apply import merge_tensors
 from nnunet_transplant.model_folder import TrainedModel, open_models
 from nnunet_transplant.prediction import BatchPredictor, predictor
 from nnunet_transplant.targets import name_targets
+from nnunet_transplant.volumes import Volumes, open_patches
 
 FOLDS = (0, 1, 2)
 # trainer, plans, and with how many orders of the layers the weights are matched (rows are means over these)
@@ -82,25 +85,27 @@ def main() -> None:
 
 def measure(models: list[TrainedModel], joint: TrainedModel, seeds: int) -> pd.DataFrame:
     """joint: the model of all training cases."""
-    work = _Work([[model] for model in models], Recipe("mudsc_align", volumes=Volumes([4], 6, f"train:{ALL}")), None,
-                 progress=False)
+    weights_of_folds = [1 / len(models)] * len(models)
+    experts = Experts(models, [model.tensors() for model in models], join(models, weights_of_folds), models[0].trainer,
+                      open_patches(Volumes([4], 6, f"train:{ALL}"), models[0]))
     score = scorer(models)
-    lessons = ensemble_lessons(work.calibration, work.joined)
+    lessons = lessons_of(experts)
     rows: dict[str, list[float]] = {}
 
     def with_and_without_fit(tensors: Mapping[str, torch.Tensor]) -> list[float]:
-        network = work.calibration.merged_network(tensors)
+        network = experts.merged_network(tensors)
         unfitted = score([network.state_dict()])
-        teach_head(work.calibration, network, lessons)  # in place
+        teach_head(experts, network, lessons)  # in place
         return [*unfitted, *score([network.state_dict()])]
 
     def merge(name: str, solver: Solver, alpha: float, weights: str, pearson: bool = True,
-              patience: int | None = None, seeds: int = 1) -> None:
+              patience: int = dual.PATIENCE, seeds: int = 1) -> None:
         found = []
         for seed in range(seeds):
             with patch.object(dual, "WeightSimilarity", WEIGHTS[weights]):
-                together = put_together(work.unaligned, work.calibration, solver, alpha, seed, pearson, patience)
-            found.append(with_and_without_fit(work.merged(together.tensors)))
+                together = put_together(experts, solver, alpha, seed, pearson, patience).result
+            found.append(with_and_without_fit(
+                merge_tensors(METHODS["average"], {}, weights_of_folds, None, together).result))
             print(name, seed, *(f"{value:.3f}" for value in found[-1]), flush=True)
         rows[name] = np.mean(found, axis=0).tolist()
 
@@ -109,21 +114,22 @@ def measure(models: list[TrainedModel], joint: TrainedModel, seeds: int) -> pd.D
     rows["all cases"] = [*score([joint.state_dict()]), np.nan, np.nan]
     rows["ensemble"] = [*score([model.state_dict() for model in models]), np.nan, np.nan]
     for weights in WEIGHTS:
-        merge(f"rebasin, {weights}", aligned(False), 1.0, weights, pearson=False, patience=1, seeds=seeds)
-        merge(f"mudsc_align, {weights}", aligned(False), 0.5, weights, seeds=seeds)
-        merge(f"weight_zip, {weights}", zipped(0.5, 1.0), 1.0, weights, seeds=seeds)
-        merge(f"mudsc_zip, {weights}", zipped(0.5, 1.0), 0.5, weights, seeds=seeds)
+        merge(f"rebasin, {weights}", matcher(False), 1.0, weights, pearson=False, patience=1, seeds=seeds)
+        merge(f"mudsc_align, {weights}", matcher(False), 0.5, weights, seeds=seeds)
+        merge(f"weight_zip, {weights}", zipper(0.5, 1.0), 1.0, weights, seeds=seeds)
+        merge(f"mudsc_zip, {weights}", zipper(0.5, 1.0), 0.5, weights, seeds=seeds)
     for alpha, name in ((0.0, "zipit"), (0.5, "mudsc_zip")):
         for decay, budget in ZIPS:
-            merge(f"{name}, decay {decay}, budget {budget}", zipped(decay, budget), alpha, "as they are")
+            merge(f"{name}, decay {decay}, budget {budget}", zipper(decay, budget), alpha, "as they are")
     columns = [f"{part}, {head}" for head in ("average", "head fitted") for part in ("chosen on", "reported")]
     return pd.DataFrame(rows, index=columns).T
 
 
 def scorer(models: list[TrainedModel]) -> Callable[[list[dict[str, torch.Tensor]]], list[float]]:
     """The mean Dice of networks (of several, of their ensemble) on the cases to choose on and on those to report."""
-    _, labelled = open_labelled_cases(DATASET, ALL, models[0])
-    (targets,), _ = name_targets(["model"], [models[:1]], evaluation_cases(DATASET, ALL))
+    cases = evaluation_cases(DATASET, ALL)
+    labelled = open_labelled_cases(cases, models[0])
+    (targets,), _ = name_targets(["model"], [models[:1]], cases)
     nnunet = predictor(models[:1], torch.device("cpu"), progress_bar=False, kind=BatchPredictor)
 
     def score(parameters: list[dict[str, torch.Tensor]]) -> list[float]:
