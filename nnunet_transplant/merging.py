@@ -71,6 +71,7 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
                              "stage_weights": stage_weights, "share": _several(share), "same_channels": same_channels}
     wanted = replace(wanted, **{name: value for name, value in other.items() if value is not None})
     wanted = _with_volumes(wanted, images, cases, n_cases)
+    wanted.settings()  # what is no option is said before models are opened
     if before.inputs and weights is None and wanted.weights is not None and (given or drop):
         raise TransplantError("the earlier merge had -weights of its own: give new ones for the models of this one, "
                               f"{len(kept.inputs)} kept and {len(given)} new")

@@ -119,7 +119,7 @@ TABLE: dict[str, dict[str, str]] = {
     "report": {"m": "model"},
     "spec": {"m": "model"},
 }
-BESIDE = {"progress", "show_progress"}  # commands show it, always
+BESIDE = {"progress"}  # commands show it, always
 
 
 def parameters_of(function: Callable) -> dict[str, inspect.Parameter]:

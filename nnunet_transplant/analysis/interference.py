@@ -88,9 +88,9 @@ class Interference:
                                            "sign_conflict", "overlap", "overlap_by_chance"])
 
 
-def interference(models: Sequence[Path], folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT,
-                 base: Path | None = None, density: float = 0.2, *, output: Path, trust: bool = False,
-                 overwrite: bool = False, progress: bool = False) -> Interference:
+def interference(models: Sequence[Path | str], *, output: Path | str, folds: Sequence[str | int] | None = None,
+                 checkpoint_name: str = CHECKPOINT, base: Path | str | None = None, density: float = 0.2,
+                 trust: bool = False, overwrite: bool = False, progress: bool = False) -> Interference:
     """Measure the task vectors of fine-tuned models against each other, and write a table and a figure to a folder.
 
     models: trained model folders, checkpoints inside them or task vector files; folds as in `open_models`, each a task
@@ -111,7 +111,8 @@ def interference(models: Sequence[Path], folds: Sequence[str] | None = None, che
     check_output(output, inputs, overwrite, JSON, "an earlier analysis of interference")
     use_our_trainers()
     given = None if base is None else open_theta_0(base, checkpoint_name, trust)
-    groups = [open_models(path, folds, checkpoint_name, trust, given) for path in models]
+    names = None if folds is None else [str(fold) for fold in folds]
+    groups = [open_models(path, names, checkpoint_name, trust, given) for path in models]
     opened = [model for group in groups for model in group]
     if len(opened) < 2:
         raise TransplantError(f"interference is between task vectors: give two or more models with -m, not only "
@@ -129,10 +130,10 @@ def interference(models: Sequence[Path], folds: Sequence[str] | None = None, che
         if not is_finite(block.theta_0):
             raise TransplantError(f"the base holds NaN or Inf in {block.name}")
 
-    result = measure(vectors, task_labels(models, groups), density, check, progress)
+    result = measure(vectors, task_labels([Path(path) for path in models], groups), density, check, progress)
     with atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()
-        content = _provenance(opened, result, base, theta_0) | _content(result)
+        content = _provenance(opened, result, None if base is None else Path(base), theta_0) | _content(result)
         (folder / JSON).write_text(json.dumps(content, indent=4, allow_nan=False) + "\n", encoding="utf-8")
         result.frame().to_csv(folder / CSV, index=False)
         (folder / TABLE).write_text(table(result) + "\n", encoding="utf-8")

@@ -30,8 +30,8 @@ def main() -> None:
 
 
 def run(args: Namespace) -> None:
-    interference(args.m, args.f, args.chk, args.base, args.density, output=args.o, trust=args.trust_checkpoints,
-                 overwrite=args.overwrite, progress=True)
+    interference(args.m, output=args.o, folds=args.f, checkpoint_name=args.chk, base=args.base, density=args.density,
+                 trust=args.trust_checkpoints, overwrite=args.overwrite, progress=True)
     print((args.o / TABLE).read_text(encoding="utf-8"))
     print(f"wrote {args.o}: {TABLE}, {FIGURE}, {CSV} and {JSON}\n"
           f"put it on the page of a merge: nnunet_transplant_report -m MERGED -interference {args.o} -o report.html")

@@ -34,8 +34,9 @@ def main() -> None:
 def _split(args: argparse.Namespace) -> None:
     from nnunet_transplant.data.task_dataset import default_num_processes, split_tasks  # slow import: -h stays quick
 
-    split = split_tasks(args.d, args.tasks, args.ids, args.p, args.plans_from, args.cases,
-                        default_num_processes if args.np is None else args.np, trust=args.trust_checkpoints)
+    split = split_tasks(args.d, args.tasks, args.ids, plans_name=args.p, plans_from=args.plans_from, cases=args.cases,
+                        num_processes=default_num_processes if args.np is None else args.np,
+                        trust=args.trust_checkpoints, progress=True)
     for note in split.notes:
         print(note)
     configuration = "3d_fullres" if "3d_fullres" in split.configurations else split.configurations[0]

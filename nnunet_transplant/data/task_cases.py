@@ -44,17 +44,17 @@ class TaskFolders:
 
 
 def for_each_case(work: Callable[[str, dict], None], files: dict[str, dict], num_processes: int,
-                  show_progress: bool) -> None:
+                  progress: bool) -> None:
     """work(case, its files) for every case, num_processes at a time. The first error stops it."""
-    progress = partial(tqdm, desc="Preprocessing cases", total=len(files), disable=not show_progress)
+    bar = partial(tqdm, desc="preprocessing cases", total=len(files), disable=not progress)
     if num_processes <= 1:
-        for case, case_files in progress(files.items()):
+        for case, case_files in bar(files.items()):
             work(case, case_files)
         return
     with ProcessPoolExecutor(min(num_processes, len(files)), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(work, case, case_files) for case, case_files in files.items()]
         try:
-            for future in progress(as_completed(futures)):
+            for future in bar(as_completed(futures)):
                 future.result()
         except BrokenProcessPool as error:
             raise TransplantError("a background process died, most likely for lack of memory: try a smaller -np"

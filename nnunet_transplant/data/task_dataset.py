@@ -76,10 +76,10 @@ class _Source:
     checkpoint: Path | None
 
 
-def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], plans_name: str | None = None,
+def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], *, plans_name: str | None = None,
                 plans_from: int | str | Path | None = None, cases: str | os.PathLike | Sequence[str] | None = None,
-                num_processes: int = default_num_processes, show_progress: bool = True,
-                trust: bool = False) -> TaskSplit:
+                num_processes: int = default_num_processes, trust: bool = False,
+                progress: bool = False) -> TaskSplit:
     """Write one nnU-Net dataset per task, raw and preprocessed: all of them or, on any error, nothing.
 
     dataset: name or id of the parent, preprocessed with `plans_name` (unless plans_from is given). Nothing in its
@@ -131,7 +131,7 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], pl
         # sent to the workers with every case, so without the list of all cases
         light = [replace(target, dataset_json={**target.dataset_json, "dataset": {}}) for target in targets]
         work = partial(make_case, targets=light, folders=folders, plans=plans)
-        for_each_case(work, {case: files[case] for case in chosen}, num_processes, show_progress)
+        for_each_case(work, {case: files[case] for case in chosen}, num_processes, progress)
     if parent_splits is None:
         notes.append(f"{parent} had no splits_final.json: made nnU-Net's own five folds"
                      + (f" and wrote them to {splits_file}." if _offer(all_splits, splits_file) else "."))

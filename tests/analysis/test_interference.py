@@ -246,7 +246,7 @@ def test_folds_files_and_bases(tmp_path: Path, base: Path, models: list[Path]) -
     write_model(models[0], {"background": 0, "A": 1, "more": 2}, base=base_network(), seed=7, fold="1")
     result = interference(models, output=tmp_path / "folds")
     assert result.tasks == ["A__fold_0", "A__fold_1", "B"]
-    first = interference(models, ["0"], output=tmp_path / "first")
+    first = interference(models, folds=["0"], output=tmp_path / "first")
     assert first.tasks == ["A", "B"]
     np.testing.assert_array_equal(first.cosine[:, 0, 1], result.cosine[:, 0, 2])
     files = [tmp_path / "shared" / "liver.v2.safetensors", tmp_path / "shared" / "kidney.safetensors"]

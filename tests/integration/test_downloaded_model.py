@@ -57,7 +57,7 @@ def test_from_a_downloaded_model_to_a_merged_one(nnunet: Path, downloaded: Path)
 
 def split(nnunet: Path, **changes: object) -> object:
     return split_tasks(**{"dataset": 842, "tasks": ["Spleen=Spleen"], "ids": [845], "num_processes": 1,
-                          "show_progress": False, **changes})
+                          **changes})
 
 
 def listing(folder: Path) -> list[Path]:

@@ -39,8 +39,7 @@ def train(root: Path, number: int, kind: str, *more: object) -> Path:
 def trained(nnunet: Path) -> Trained:
     name = write_planned_phantom(nnunet, NUMBER)
     base = train(nnunet, NUMBER, "Stable") / "fold_0" / "checkpoint_final.pth"
-    split = nt.split_tasks(NUMBER, ["Solid=Liver,Spleen", "Both=Kidney+Aorta"], [852, 853], num_processes=1,
-                           show_progress=False)
+    split = nt.split_tasks(NUMBER, ["Solid=Liver,Spleen", "Both=Kidney+Aorta"], [852, 853], num_processes=1)
     assert [task.name for task in split.tasks] == ["Dataset852_Solid", "Dataset853_Both"] and split.notes == []
     experts = [train(nnunet, number, "TaskVector", "-pretrained_weights", base) for number in (852, 853)]
     images = nnunet / "images"
@@ -146,7 +145,7 @@ def test_what_a_user_can_mend_is_one_exception(trained: Trained, tmp_path: Path)
                  lambda: nt.extract(trained.experts[0], tmp_path / "vector.bin"),
                  lambda: nt.report(trained.experts[0], tmp_path / "out"),
                  lambda: nt.sweep(trained.experts[:1], NUMBER, output=tmp_path / "out", device="cpu"),
-                 lambda: nt.split_tasks(NUMBER, ["A=Lung"], [854], num_processes=1, show_progress=False)):
+                 lambda: nt.split_tasks(NUMBER, ["A=Lung"], [854], num_processes=1)):
         with pytest.raises(nt.TransplantError):
             call()
     assert list(tmp_path.iterdir()) == []

@@ -160,7 +160,7 @@ def scratch(folders: Path) -> Iterator[Path]:
 
 
 def split(parent: str, tasks: list[str], ids: list[int], **kwargs) -> TaskSplit:
-    return split_tasks(parent, tasks, ids, num_processes=1, show_progress=False, **kwargs)
+    return split_tasks(parent, tasks, ids, num_processes=1, **kwargs)
 
 
 def assert_task_datasets(root: Path, made: TaskSplit, parent: str, tmp_path: Path, linked: bool = True) -> None:
@@ -383,7 +383,7 @@ def test_refused_with_nothing_written(scratch: Path, name: str) -> None:
     arguments = {"dataset": 4, "tasks": ["Tail=2"], "ids": [901], **changes}
     before = listing(scratch)
     with pytest.raises(TransplantError, match=message):
-        split_tasks(**arguments, num_processes=1, show_progress=False)
+        split_tasks(**arguments, num_processes=1)
     assert listing(scratch) == before
 
 
