@@ -11,41 +11,42 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from folds import ALL, DATASET, TASKS, WHOLE
 from matplotlib.figure import Figure
+from methods import ALIGNED
 from steps import Steps
 
+from nnunet_transplant.experts import Experts
 from nnunet_transplant.figures.common import STRUCTURE_COLOURS, save_figure
-from nnunet_transplant.heads import join, merged_dataset_json
-from nnunet_transplant.merging import METHODS, Recipe, Volumes, merge_groups
-from nnunet_transplant.merging.align import Unaligned
-from nnunet_transplant.merging.calibration import IGNORED, Calibration, open_calibration
+from nnunet_transplant.heads import join
+from nnunet_transplant.merger import Merger
 from nnunet_transplant.model_folder import TrainedModel, open_models
+from nnunet_transplant.recipe import Recipe
+from nnunet_transplant.volumes import IGNORED, Volumes, open_patches
 
 LOOK = Volumes([4], 6, f"train:{ALL}")
 TEST = Volumes([4], 40, f"val:{ALL}")
-FITTED = ("average", "zipit", "mudsc_zip")  # with fitted heads, too; the average has a weight for the first model only
-TRIED = ("average", "rebasin", "activation_align", "mudsc_align", "weight_zip", "zipit", "mudsc_zip")
+TRIED = {"average": Recipe(), **ALIGNED}
+BARRIERS = ("not aligned", "rebasin", "activation_align", "mudsc_align")
 
 
-def opened(models: list[TrainedModel], volumes: Volumes) -> Calibration:
-    """The patches of volumes, for models merged with equal weights."""
-    joined = join(models, [1 / len(models)] * len(models))
-    return open_calibration(volumes, models, merged_dataset_json(models[0], joined), {},
-                            models[0].trainer, progress=True)
+def opened(models: list[TrainedModel], every: int) -> Experts:
+    """With every so-manyth patch of the test cases, for models merged with equal weights."""
+    return Experts(models, [model.tensors() for model in models], join(models, [1 / len(models)] * len(models)),
+                   models[0].trainer, open_patches(TEST, models[0], progress=True)[::every], progress=True)
 
 
-def merged_tensors(models: list[TrainedModel], recipe: Recipe) -> dict[str, torch.Tensor]:
-    merged = merge_groups([[model] for model in models], recipe, progress=True)["all"]
-    return {name: merged.weights[name] for name in models[0].layout.names}
+def opened_merger(models: list[TrainedModel], recipe: Recipe) -> Merger:
+    if recipe.looking:
+        recipe = replace(recipe, volumes=LOOK)
+    return Merger([[model] for model in models], recipe, progress=True)
 
 
-def predicted(test: Calibration, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def predicted(test: Experts, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (rows, voxels) and labels (voxels) of all test patches."""
     network = test.merged_network(tensors)
     logits, labels = [], []
@@ -75,19 +76,12 @@ def dice(logits: torch.Tensor, labels: torch.Tensor, row: int) -> float:
 def barrier(run: Steps, figure: Path) -> None:
     folder = run.model(DATASET, WHOLE)
     models = [open_models(folder, [fold])[0] for fold in ("0", "1")]
-    test = opened(models, TEST)
-    test = replace(test, patches=test.patches[::8])
-    look = opened(models, LOOK)
+    test = opened(models, every=8)
     positions = [step / 4 for step in range(5)]
     losses = {}
-    for name in ("not aligned", "rebasin", "activation_align", "mudsc_align"):
-        one, other = (model.tensors() for model in models)
-        if name in METHODS:
-            method = METHODS[name]
-            unaligned = Unaligned(models, [one, other], models[0].trainer, same_labels=True)
-            one, other = method.align(unaligned, look, **method.own(method.settings({}))).tensors
-        losses[name] = [loss(*predicted(test, {key: torch.lerp(one[key], other[key], position) for key in one}))
-                        for position in positions]
+    for name in BARRIERS:
+        merger = opened_merger(models, ALIGNED.get(name, Recipe()))
+        losses[name] = [loss(*predicted(test, merger.tensors([1 - position, position]))) for position in positions]
         print(f"{name}: " + " ".join(f"{value:.4f}" for value in losses[name]), flush=True)
     save_barrier_figure(positions, losses, figure)
 
@@ -106,23 +100,17 @@ def save_barrier_figure(positions: Sequence[float], losses: Mapping[str, Sequenc
 def tasks(run: Steps) -> None:
     models = [open_models(run.model(f"Dataset{number}_{name}", WHOLE), [str(ALL)])[0]
               for number, name in TASKS.items()]
-    test = opened(models, TEST)
-    test = replace(test, patches=test.patches[::2])
+    test = opened(models, every=2)
     expert = []
     for model in models:
-        alone = opened([model], TEST)
-        logits, labels = predicted(replace(alone, patches=alone.patches[::2]), model.tensors())
+        logits, labels = predicted(opened([model], every=2), model.tensors())
         expert.append((loss(logits, labels), frequency_loss(labels), dice(logits, labels, 1)))
     rows = {"experts": {f"{name} Dice": expert[i][2] for i, name in enumerate(TASKS.values())}}
     joint = open_models(run.model(DATASET, WHOLE), [str(ALL)])[0]
-    tried = {"trained jointly": joint.tensors}
-    for method in TRIED:
-        recipe = Recipe(method, volumes=LOOK if METHODS[method].needs_data else None)
-        tried[method] = partial(merged_tensors, models, recipe)
-    for method in FITTED:
-        recipe = Recipe(method, [1, 0] if method == "average" else None, volumes=LOOK, fit_head=True)
-        name = "the first model" if method == "average" else method
-        tried[f"{name}, head fitted"] = partial(merged_tensors, models, recipe)
+    recipes = TRIED | {"the first model, head fitted": Recipe(weights=[1, 0], fit=["head"])} | {
+        f"{name}, head fitted": replace(TRIED[name], fit=["head"]) for name in ("zipit", "mudsc_zip")}
+    tried = {"trained jointly": joint.tensors} | {
+        name: lambda recipe=recipe: opened_merger(models, recipe).tensors() for name, recipe in recipes.items()}
     for method, tensors in tried.items():
         logits, labels = predicted(test, tensors())
         row = {}
