@@ -101,8 +101,9 @@ def merge(path: Path, sound: TrainedModel, rng: random.Random) -> None:
     model = path if path.name.startswith("task_vector") else path.parents[1] if path.suffix == ".pth" else path.parent
     groups = [open_models(model), [sound]]
     rng.shuffle(groups)
-    method = rng.choice([method.name for method in METHODS.values() if not method.looks])
-    merged = Merger(groups, Recipe(method)).merge()
+    recipe = rng.choice([*(Recipe(method.name) for method in METHODS.values() if not method.looks),
+                         *(Recipe(align="rebasin", parameters={"units": units}) for units in ("match", "zip"))])
+    merged = Merger(groups, recipe).merge()
     if rng.random() < 0.1:
         write_merge({groups[0][0].fold: merged}, Path("merged"), overwrite=True)
 
