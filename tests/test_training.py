@@ -1,4 +1,5 @@
 """The trainers, found by nnU-Net's own search, run by nnU-Net's own loop, on batches that the test chooses."""
+import copy
 import itertools
 import json
 import math
@@ -255,6 +256,29 @@ def test_dropout_acts_under_compile_and_names_gain_no_prefix(root: Path, monkeyp
     task.run_training()
     assert [name for name in checkpoints.read(Path(task.output_folder) / "checkpoint_final.pth")["network_weights"]
             if name not in stock.state_dict()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residual", [False, True])
+def test_dropout_acts_in_what_inductor_makes(residual: bool) -> None:
+    """nnU-Net compiles so on CUDA. Whole channels are dropped, others each time, and what is not is scaled by
+    1 / (1 - p); none are when the network predicts."""
+    network = build_network(small_plans(2, residual), "2d", dataset_json(LABELS), deep_supervision=False)
+    first = network.encoder.stem if residual else network.encoder.stages[0]
+    plain = copy.deepcopy(first)
+    assert add_channel_dropout(first, 0.5) >= 1
+    compiled = torch.compile(first)
+    images = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        compiled.train(), plain.train()
+        before = plain(images)
+        one, other = compiled(images), compiled(images)
+        dropped = (one == 0).flatten(2).all(2)
+        assert dropped.float().mean() == pytest.approx(0.5, abs=0.15)
+        torch.testing.assert_close(one[~dropped], 2 * before[~dropped], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(dropped, (other == 0).flatten(2).all(2))
+        compiled.eval(), plain.eval()
+        torch.testing.assert_close(compiled(images), plain(images), rtol=1e-4, atol=1e-5)
 
 
 def test_random_state_round_trip_through_a_safe_file(tmp_path: Path) -> None:
