@@ -7,69 +7,86 @@ from torch import nn
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.heads import JoinedHeads, head_rows
 from nnunet_transplant.vectors import added_up
-from nnunet_transplant.volumes import IGNORED
+from nnunet_transplant.volumes import IGNORED, Patch
+
+
+class Teacher:
+    """The ensemble as a network. Holds the networks of all models, which are smaller than the logits of many
+    patches."""
+
+    def __init__(self, experts: Experts) -> None:
+        self.experts = experts
+        self.networks = [experts.network(model) for model in range(len(experts.models))]
+
+    def __call__(self, patches: Sequence[Patch]) -> torch.Tensor:
+        """The logits (patches, rows, *patch_size), in half precision: of models with the same labels the mean, as
+        nnU-Net's ensemble; of tasks their scores joined as their heads are."""
+        images = self.experts.images(patches)
+        with torch.no_grad():
+            return added_up(part_of(network(images), self.experts.joined, model, len(self.networks))
+                            for model, network in enumerate(self.networks)).half()
 
 
 def ensemble_logits(experts: Experts) -> Iterator[torch.Tensor]:
-    """The logits (rows, *patch_size) of the ensemble for every patch in turn, in half precision: of models with the
-    same labels the mean, as nnU-Net's ensemble; of tasks their scores joined as their heads are. Holds the networks of
-    all models, which are smaller than the logits of many patches."""
-    networks = [experts.network(model) for model in range(len(experts.models))]
+    """What the teacher says of every patch in turn, (rows, *patch_size)."""
+    teacher = Teacher(experts)
     for patch in experts.bar(experts.patches, "ensemble"):
-        images = experts.images([patch])
-        with torch.no_grad():
-            yield added_up(part_of(network(images)[0], experts.joined, model, len(networks))
-                           for model, network in enumerate(networks)).half()
+        yield teacher([patch])[0]
 
 
 def part_of(logits: torch.Tensor, joined: JoinedHeads, model: int, models: int) -> torch.Tensor:
-    """What one model adds to the ensemble's logits."""
+    """What one model's logits (batch, rows, *size) add to the ensemble's."""
     if joined.rows is None:
         return logits / models
-    part = logits.new_zeros(len(joined.rows) + joined.softmax, *logits.shape[1:])
+    part = logits.new_zeros(len(logits), len(joined.rows) + joined.softmax, *logits.shape[2:])
     for index, rows in enumerate(joined.rows, start=int(joined.softmax)):
         for owner, row in rows:
             if owner == model:
-                score = logits[row] - logits[0] if joined.softmax else logits[row]
-                part[index] += score / len(rows)
+                score = logits[:, row] - logits[:, 0] if joined.softmax else logits[:, row]
+                part[:, index] += score / len(rows)
     return part
 
 
 def labels_of(logits: torch.Tensor, regions: bool) -> torch.Tensor:
-    """(batch, rows, *size) -> (batch, structures, *size) of 0 and 1."""
+    """Of a batch (batch, rows, *size) what its labels are, in few bytes: (batch, *size), the row of each voxel, or of
+    regions (batch, rows, *size), bool."""
     if regions:
         return logits > 0
-    return nn.functional.one_hot(logits.argmax(1), logits.shape[1])[..., 1:].movedim(-1, 1) > 0
+    rows = logits.argmax(1)
+    return rows.to(torch.uint8 if logits.shape[1] <= 256 else torch.int16)
 
 
 def agreement(experts: Experts, network: nn.Module, targets: Sequence[torch.Tensor]) -> float:
-    """Mean Dice over the structures of a network's labels with `targets`, one (structures, *patch_size) for each patch,
-    over the voxels of all patches; IGNORED where nothing counts."""
-    both = sizes = torch.zeros(len(targets[0]), dtype=torch.int64)
+    """Mean Dice over the structures of a network's labels with `targets`, one for each patch, over the voxels of all
+    patches. A target is as `labels_of` and `Experts.targets` make it: rows, or of regions 0 and 1; IGNORED where
+    nothing counts."""
+    rows = list(head_rows(experts.plans, experts.dataset_json).values())
+    both = sizes = torch.zeros(len(rows), dtype=torch.int64)
     with torch.no_grad():
         for patch, target in zip(experts.patches, targets, strict=True):
             found = labels_of(network(experts.images([patch])), experts.regions)[0].cpu()
-            counted = target != IGNORED
-            both = both + (found & (target == 1)).flatten(1).sum(1)
-            sizes = sizes + (found & counted).flatten(1).sum(1) + (target == 1).flatten(1).sum(1)
+            if experts.regions:
+                counted = target != IGNORED
+                both = both + (found & (target == 1)).flatten(1).sum(1)
+                sizes = sizes + (found & counted).flatten(1).sum(1) + (target == 1).flatten(1).sum(1)
+            else:
+                most = max(rows) + 1
+                said, true = found.flatten().long(), target.flatten().long()
+                said, true = said[true != IGNORED], true[true != IGNORED]
+                pairs = torch.bincount(true * most + said, minlength=most * most).reshape(most, most)
+                both = both + pairs.diagonal()[rows]
+                sizes = sizes + pairs.sum(0)[rows] + pairs.sum(1)[rows]
     return float(torch.where(sizes > 0, 2 * both / sizes.clamp(min=1), 1.0).mean())
 
 
 def ensemble_targets(experts: Experts) -> list[torch.Tensor]:
-    return [labels_of(logits[None].float(), experts.regions)[0].to("cpu", torch.int8)
-            for logits in ensemble_logits(experts)]
+    """The ensemble's labels of every patch."""
+    return [labels_of(logits[None].float(), experts.regions)[0].cpu() for logits in ensemble_logits(experts)]
 
 
 def reference_targets(experts: Experts) -> list[torch.Tensor]:
-    """From the label maps of the cases. Raises TransplantError where there are none."""
-    rows = list(head_rows(experts.plans, experts.dataset_json).values())
-    targets = []
-    for patch in experts.patches:
-        target = experts.targets([patch])[0].cpu()
-        if not experts.regions:
-            target = torch.stack([torch.where(target == IGNORED, IGNORED, (target == row).long()) for row in rows])
-        targets.append(target)
-    return targets
+    """The label maps of the cases, of every patch. Raises TransplantError where there are none."""
+    return [experts.targets([patch])[0].to("cpu", torch.int16) for patch in experts.patches]
 
 
 def divergence(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torch.Tensor:

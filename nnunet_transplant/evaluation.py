@@ -30,13 +30,14 @@ from tqdm import tqdm
 
 from nnunet_transplant.data.cases import Cases, evaluation_cases
 from nnunet_transplant.data.images import check_images
+from nnunet_transplant.device import AUTO, threads_of_nnunet, torch_device
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.evaluation import Overlay, save_dice_figure, save_overlays_figure, slice_to_show
 from nnunet_transplant.files import atomic_path, check_output
 from nnunet_transplant.mergeable import preprocessing_fields
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models
-from nnunet_transplant.prediction import overflow_explained, predictor, torch_device
+from nnunet_transplant.prediction import overflow_explained, predictor
 from nnunet_transplant.tables import cases_table, mean_without_nan, means_table, structure_means
 from nnunet_transplant.targets import Key, Target, name_targets
 
@@ -56,7 +57,7 @@ class _Contender:
 
 def evaluate(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
              cases: str | None = None, n_cases: int | None = None, checkpoint_name: str = CHECKPOINT,
-             device: str = "cuda", step_size: float = 0.5, mirroring: bool = True, trust: bool = False,
+             device: str = AUTO, step_size: float = 0.5, mirroring: bool = True, trust: bool = False,
              overwrite: bool = False, progress: bool = False) -> pd.DataFrame:
     """Predict a dataset's cases with each model, score every structure by name, and write it all to a folder.
 
@@ -80,6 +81,7 @@ def evaluate(models: Sequence[Path | str], dataset: str | int, fold: str | int =
     check_output(output, models, overwrite, CSV, "an earlier evaluation")
     found = evaluation_cases(dataset, fold, cases, n_cases)
     target_device = torch_device(device)
+    threads_of_nnunet(target_device)
     use_our_trainers()
     labels = model_labels(models, (CSV, TABLE, DICE_FIGURE, OVERLAYS_FIGURE))
     groups = [open_models(Path(path), None, checkpoint_name, trust) for path in models]

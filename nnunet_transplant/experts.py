@@ -1,10 +1,12 @@
 """The models that are merged, as networks that run on patches of volumes."""
+import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
@@ -12,6 +14,8 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from nnunet_transplant.architecture import Network, build_network, canonical_names
+from nnunet_transplant.cache import Cache
+from nnunet_transplant.checkpoint import tensors_sha256
 from nnunet_transplant.heads import JoinedHeads, join_head, merged_dataset_json, scaled_to_one
 from nnunet_transplant.labels import has_regions
 from nnunet_transplant.model_folder import TrainedModel
@@ -22,6 +26,7 @@ from nnunet_transplant.volumes import Patch, configuration_of, images_of, target
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
+SLICES = 8  # of a volume that a 2d model has a look at
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Experts:
     device: torch.device = CPU
     shared: frozenset[str] = frozenset()
     progress: bool = False
+    cache: Cache | None = None
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -48,6 +54,28 @@ class Experts:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+    def kept(self, what: str, models: Sequence[int], options: Sequence[Any], make: Callable[[], T]) -> T:
+        """As `once`, and in the cache, where there is one: for tensors that depend on these models, on the patches and
+        on some options alone."""
+        key = what, *models, str(options)
+        if self.cache is None:
+            return self.once(key, make)
+        cache, depends = self.cache, [*(self._hash_of(model) for model in models), self._hash_of_patches, *options]
+        return self.once(key, lambda: cache.kept(what, depends, make))
+
+    def _hash_of(self, model: int) -> str:
+        described = [tensors_sha256(self.tensors[model]), self.models[model].layout.modules,
+                     self.models[model].dataset_json["labels"], self.trainer.__name__]
+        return self.once(("hash", model), lambda: hashlib.sha256(str(described).encode()).hexdigest())
+
+    @cached_property
+    def _hash_of_patches(self) -> str:
+        digest = hashlib.sha256()
+        for patch in self.patches:
+            digest.update(patch.image.numpy().tobytes())
+            digest.update(b"" if patch.values is None else patch.values.tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def dataset_json(self) -> dict[str, Any]:
@@ -104,6 +132,34 @@ class Experts:
     def targets(self, patches: Sequence[Patch], dataset_json: Mapping[str, Any] | None = None) -> torch.Tensor:
         """What a model with these labels (default: the merged ones) should say: see `volumes.targets_of`."""
         return targets_of(patches, self.plans, self.dataset_json if dataset_json is None else dataset_json, self.device)
+
+    def see(self, number: int, data: np.ndarray) -> np.ndarray:
+        """Where in a volume (channels, x, y, z) one of the models, each in turn by the volume's number, sees a
+        structure of its own when the volume is shrunk to one patch: a cheap look, in one forward pass. A 2d model looks
+        at some slices. (x, y, z), bool."""
+        model = number % len(self.models)
+        size = tuple(self.configuration.patch_size)
+        images = torch.from_numpy(data)[None]
+        slices = np.unique(np.linspace(0, data.shape[1] - 1, SLICES).round().astype(int))
+        flat = len(size) < data.ndim - 1
+        if flat:
+            images = images[0, :, slices].transpose(0, 1)
+        shape = images.shape[2:]
+        small = nn.functional.interpolate(images, [min(pair) for pair in zip(shape, size, strict=True)],
+                                          mode="bilinear" if flat else "trilinear")
+        room = [most - length for most, length in zip(size, small.shape[2:], strict=True)]
+        padded = nn.functional.pad(small, [pad for length in reversed(room) for pad in (0, length)])
+        with torch.no_grad():
+            logits = self.network(model)(padded.to(self.device))
+        regions = has_regions(self.models[model].dataset_json["labels"])
+        there = (logits > 0).any(1) if regions else logits.argmax(1) > 0
+        inside = there[(slice(None), *(slice(length) for length in small.shape[2:]))]
+        found = nn.functional.interpolate(inside[:, None].float().cpu(), shape, mode="nearest-exact")[:, 0].numpy() > 0
+        if not flat:
+            return found[0]
+        seen = np.zeros(data.shape[1:], bool)
+        seen[slices] = found
+        return seen
 
     def bar(self, items: Iterable[T], what: str) -> Iterable[T]:
         return tqdm(items, desc=what, delay=3, disable=not self.progress)

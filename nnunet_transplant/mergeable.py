@@ -1,6 +1,6 @@
 """What merges with what: models of the same preprocessing, network and base."""
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -39,7 +39,19 @@ _TURNED = {"SimpleITKIO": "as stored", "NibabelIO": "as stored", "SimpleITKIOWit
            "NibabelIOWithReorient": "to RAS"}
 
 
-def preprocessing_fields(model: TrainedModel, channels: bool = True) -> dict[str, Any]:
+class Planned(Protocol):
+    """What says how images are preprocessed: a model, or the plans of a dataset."""
+    @property
+    def plans(self) -> dict[str, Any]: ...
+
+    @property
+    def dataset_json(self) -> dict[str, Any]: ...
+
+    @property
+    def configuration(self) -> str: ...
+
+
+def preprocessing_fields(model: Planned, channels: bool = True) -> dict[str, Any]:
     """What the model's input goes through before the network, by names a user finds in the plans; with `channels` the
     names of the image channels, else their number."""
     manager = PlansManager(model.plans)
@@ -65,6 +77,12 @@ def _agree(field: str, one: Any, other: Any) -> bool:
     if field == "image_reader_writer":
         return _TURNED.get(one, one) == _TURNED.get(other, other)
     return one == other
+
+
+def preprocess_alike(one: Planned, other: Planned) -> bool:
+    """Whether both see the same numbers of the same image, whatever they call its channels."""
+    ours, theirs = preprocessing_fields(one, channels=False), preprocessing_fields(other, channels=False)
+    return all(_agree(field, ours.get(field), theirs.get(field)) for field in ours | theirs)
 
 
 def check_mergeable(models: Sequence[TrainedModel], same_base: bool = True, channels: bool = True) -> None:

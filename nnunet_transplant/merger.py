@@ -1,4 +1,5 @@
 """Merge trained nnU-Net models into one: align, merge, fit, as a recipe says."""
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -9,7 +10,8 @@ import torch
 
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import Network, changes_network
-from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.cache import Cache
+from nnunet_transplant.errors import TransplantError, note
 from nnunet_transplant.experts import Experts, has_running_statistics, running_statistics
 from nnunet_transplant.files import file_sha256
 from nnunet_transplant.heads import JoinedHeads, check_head_rows, join, structures
@@ -25,12 +27,13 @@ from nnunet_transplant.volumes import open_patches
 
 SAME_BASE_COSINE = 0.5  # fine-tuned siblings lie above 0.9, independently trained networks near 0
 AVERAGE = Recipe()
+WORTH_SAYING = 20.0     # seconds that looking at volumes takes
 
 
 def merge_folders(model_paths: Sequence[Path | str], folds: Sequence[str] | None = None,
                   checkpoint_name: str = CHECKPOINT, base: Path | str | None = None, recipe: Recipe = AVERAGE,
                   per_fold: bool = False, device: torch.device | str = "cpu", trust: bool = False,
-                  progress: bool = False) -> Merged:
+                  progress: bool = False, cache: Path | str | None = None) -> Merged:
     """Merge everything selected into one model, or with per_fold fold k of every model with fold k of the others.
 
     model_paths: trained model folders, checkpoints inside them or task vector files; folds as in `open_models`.
@@ -39,25 +42,28 @@ def merge_folders(model_paths: Sequence[Path | str], folds: Sequence[str] | None
     """
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [open_models(path, folds, checkpoint_name, trust, theta_0) for path in model_paths]
-    return merge_groups(groups, recipe, theta_0, base, per_fold, device, progress)
+    return merge_groups(groups, recipe, theta_0, base, per_fold, device, progress, cache)
 
 
 def merge_groups(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = AVERAGE,
                  theta_0: Network | None = None, base: Path | str | None = None, per_fold: bool = False,
-                 device: torch.device | str = "cpu", progress: bool = False) -> Merged:
+                 device: torch.device | str = "cpu", progress: bool = False,
+                 cache: Path | str | None = None) -> Merged:
     """As `merge_folders`, of models that are open already; `base` only says where theta_0 was read."""
+    def merger(chosen: Sequence[Sequence[TrainedModel]]) -> Merger:
+        return Merger(chosen, recipe, theta_0, base, device, progress, cache)
+
     if recipe.share:
         if per_fold:
             raise TransplantError("-share writes a model for each input: leave out --per_fold and -out_fold")
-        return Merged(Merger(groups, recipe, theta_0, base, device, progress).merge_shared(), side_by_side=True)
+        return Merged(merger(groups).merge_shared(), side_by_side=True)
     if not per_fold:
-        return Merged({"all": Merger(groups, recipe, theta_0, base, device, progress).merge()})
+        return Merged({"all": merger(groups).merge()})
     folds_of = [[model.fold for model in group] for group in groups]
     if any(found != folds_of[0] for found in folds_of):
         raise TransplantError("--per_fold needs the same folds in every model; found " + "; ".join(
             f"{group[0].folder}: {' '.join(found)}" for group, found in zip(groups, folds_of, strict=True)))
-    return Merged({model.fold: Merger([[group[i]] for group in groups], recipe, theta_0, base, device,
-                                      progress).merge() for i, model in enumerate(groups[0])})
+    return Merged({model.fold: merger([[group[i]] for group in groups]).merge() for i, model in enumerate(groups[0])})
 
 
 class _Aligned(NamedTuple):
@@ -75,14 +81,14 @@ class Merger:
     groups: one for each weight, each with one or more folds that share its weight equally.
     theta_0: the base by canonical names, for models that record none. Where they record one, it must be that. `base`
         only says where it was read.
-    device: where networks run, for steps that look at volumes.
+    device: where networks run, for steps that look at volumes. cache: a folder that keeps what they found out.
     Raises TransplantError for models that cannot merge, a missing or other base, wrong options, volumes that are
     missing, or that no step looks at.
     """
 
     def __init__(self, groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = AVERAGE,
                  theta_0: Network | None = None, base: Path | str | None = None, device: torch.device | str = "cpu",
-                 progress: bool = False) -> None:
+                 progress: bool = False, cache: Path | str | None = None) -> None:
         self.recipe, self.base, self.progress = recipe, base, progress
         self.aligner, self.method, self.fits = recipe.aligner, recipe.merging, recipe.fits
         self.sizes = [len(group) for group in groups]
@@ -99,10 +105,29 @@ class Merger:
         shared = frozenset().union(*(matching(layout, pattern, "-share") for pattern in recipe.share))
         self.held_back = scales(layout, recipe.keep_base_for, recipe.stage_weights)
         self.theta_0 = self._open_base(theta_0)
-        patches = [] if recipe.volumes is None else open_patches(recipe.volumes, self.models[0], progress)
-        self._experts = Experts(self.models, [model.tensors() for model in self.models], joined, trainer, patches,
-                                torch.device(device), shared, progress)
+        self._experts = Experts(self.models, [model.tensors() for model in self.models], joined, trainer,
+                                device=torch.device(device), shared=shared, progress=progress,
+                                cache=None if cache is None else Cache(cache))
+        if recipe.volumes is not None:
+            patches = open_patches(recipe.volumes, self.models[0], self._experts.see, progress)
+            self._experts = replace(self._experts, patches=patches)
+            if progress:
+                self._say_cost()
         self._aligned: _Aligned | None = None  # the last
+
+    def _say_cost(self) -> None:
+        """How long looking at the volumes takes, from one forward pass, and what makes it less."""
+        settings, experts = self.recipe.settings(), self._experts
+        passes = sum(step.passes(experts, settings[step.name]) for step in self.recipe.steps if step.passes is not None)
+        start = time.perf_counter()
+        with torch.no_grad():
+            experts.network(0)(experts.images(experts.patches[:1])).sum().item()
+        seconds = passes * (time.perf_counter() - start)
+        if seconds >= WORTH_SAYING:
+            size = "x".join(map(str, experts.configuration.patch_size))
+            note(f"{len(experts.patches)} patches of {size} voxels, about {passes:.0f} passes of a network: about "
+                 f"{in_words(seconds)} on {experts.device.type}. Fewer patches (-n_patches)"
+                 + " or a GPU (-device cuda)" * (experts.device.type == "cpu") + " make it less")
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -325,6 +350,12 @@ class Merger:
         return [f"these models do not seem to come from one base (cosine of their weights {cosine:.2f}): their merge "
                 "is likely useless. Aligned models need no common base (-align mudsc -d DATASET). Score either with "
                 "nnunet_transplant_evaluate before you use it"]
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:

@@ -6,28 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_transplant.architecture import Network
+from nnunet_transplant.device import AUTO, torch_device
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merged_model import Merged
 from nnunet_transplant.merger import merge_groups
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, open_theta_0
-from nnunet_transplant.prediction import check_prediction_options, predict_folder, torch_device
+from nnunet_transplant.prediction import check_prediction_options, predict_folder
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.record import Earlier, RecipeFile, read_merge, read_recipe
-from nnunet_transplant.volumes import N_CASES, Volumes
+from nnunet_transplant.volumes import Volumes
 
 NONE = "none"  # takes a step away that is there to start from
 
 
 def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None = None, method: str | None = None,
           fit: str | Sequence[str] | None = None, images: str | int | Sequence[str | int] | None = None,
-          cases: str | None = None, n_cases: int | None = None, weights: Sequence[float] | None = None,
+          cases: str | None = None, n_cases: int | None = None, n_patches: int | None = None,
+          weights: Sequence[float] | None = None,
           keep_base_for: str | Sequence[str] | None = None, stage_weights: Sequence[float] | None = None,
           share: str | Sequence[str] | None = None, same_channels: bool | None = None,
           folds: str | int | Sequence[str | int] | None = None, base: Path | str | None = None,
           recipe: Recipe | Path | str | None = None, earlier: Path | str | None = None, drop: str | Sequence[str] = (),
-          per_fold: bool = False, checkpoint_name: str = CHECKPOINT, device: str = "cuda", trust: bool = False,
-          progress: bool = False, **parameters: Any) -> Merged:
+          per_fold: bool = False, checkpoint_name: str = CHECKPOINT, device: str = AUTO, trust: bool = False,
+          progress: bool = False, cache: Path | str | None = None, **parameters: Any) -> Merged:
     """Merge trained nnU-Net models into one ordinary nnU-Net model: `merge([A, B], fit="head", images=5).save(OUT)`.
 
     models: trained model folders, checkpoints inside them, or task vector files.
@@ -35,7 +37,8 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
         takes a step away that `recipe` or `earlier` has. parameters: options of the steps: `density=0.3`, or of one
         step alone `**{"ties.density": 0.3}`.
     images: dataset(s) whose volumes steps may look at; n_cases (8) of each, spread evenly, out of `cases` (FILE,
-        train:K, val:K) or of all. device: where networks run for this: cuda, cpu or mps.
+        train:K, val:K) or of all; n_patches (32) of all of them together. device: where networks run for this: auto
+        (CUDA, else MPS, else the CPU), cuda, mps or cpu.
     weights: one for each model; its folds share it. folds: of each model folder; by default all of its numbered folds,
         else fold_all. per_fold: merge fold k of every model with fold k of the others instead of everything into one.
     keep_base_for, stage_weights: what stays at theta_0, and factors by stage (see `stages.scales`).
@@ -45,6 +48,8 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     recipe: a `Recipe` or a recipe file, to start from. earlier: the folder of an earlier merge, to start from: its
         models and its recipe; `models` are added to it, `drop` leaves out some of its models (by a structure, a
         dataset's name or a path).
+    cache: a folder that keeps what looking at volumes found out, for the next merge of the same models and volumes with
+        another method or fit, and for one that was interrupted.
     trust: load checkpoints that ask for more than weights; they can run code.
     Raises TransplantError for what a user can mend.
     """
@@ -70,11 +75,13 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     other: dict[str, Any] = {"weights": weights, "keep_base_for": _several(keep_base_for),
                              "stage_weights": stage_weights, "share": _several(share), "same_channels": same_channels}
     wanted = replace(wanted, **{name: value for name, value in other.items() if value is not None})
-    wanted = _with_volumes(wanted, images, cases, n_cases)
+    wanted = _with_volumes(wanted, images, cases, n_cases, n_patches)
     wanted.settings()  # what is no option is said before models are opened
     if before.inputs and weights is None and wanted.weights is not None and (given or drop):
         raise TransplantError("the earlier merge had -weights of its own: give new ones for the models of this one, "
                               f"{len(kept.inputs)} kept and {len(given)} new")
+    looks = wanted.volumes is not None and (wanted.looking or wanted.align is not None)
+    where = torch_device(device) if looks else "cpu"  # before anything is read
     base = before.base if base is None else base
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [*_open_kept(kept, checkpoint_name, trust, theta_0),
@@ -83,13 +90,11 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     if not groups:
         raise TransplantError("no models to merge: give them with -m, or an earlier merge with -from" if earlier is None
                               else "-drop left no models to merge")
-    looks = wanted.volumes is not None and (wanted.looking or wanted.align is not None)
-    where = torch_device(device) if looks else "cpu"
-    return merge_groups(groups, wanted, theta_0, base, per_fold or before.per_fold, where, progress)
+    return merge_groups(groups, wanted, theta_0, base, per_fold or before.per_fold, where, progress, cache)
 
 
 def predict(models: Merged | Path | str | Sequence[Path | str], input: Path | str, output: Path | str, *,
-            device: str = "cuda", step_size: float = 0.5, mirroring: bool = True, on_device: bool = True,
+            device: str = AUTO, step_size: float = 0.5, mirroring: bool = True, on_device: bool = True,
             save_probabilities: bool = False, continue_prediction: bool = False, npp: int = 3, nps: int = 3,
             prev_stage_predictions: Path | str | None = None, num_parts: int = 1, part_id: int = 0,
             verbose: bool = False, progress: bool = False, **options: Any) -> Path:
@@ -151,19 +156,19 @@ def _check_weights_of(path: Path | str, file: RecipeFile, models: Sequence[Path 
 
 
 def _with_volumes(recipe: Recipe, images: str | int | Sequence[str | int] | None, cases: str | None,
-                  n_cases: int | None) -> Recipe:
+                  n_cases: int | None, n_patches: int | None) -> Recipe:
     """A recipe with other volumes, or with others of the same datasets; with none where no step looks any more."""
+    other: dict[str, Any] = {"cases": cases, "n_cases": n_cases, "n_patches": n_patches}
+    other = {name: value for name, value in other.items() if value is not None}
     if images is not None:
-        return replace(recipe, volumes=Volumes(_several(images), N_CASES if n_cases is None else n_cases, cases))
+        return replace(recipe, volumes=Volumes(_several(images), **other))
     if recipe.volumes is None:
-        if cases is not None or n_cases is not None:
-            raise TransplantError("-cases and -n_cases choose among the volumes of a dataset: give it with -d")
+        if other:
+            raise TransplantError(f"-{next(iter(other))} is about the volumes of a dataset: give it with -d")
         return recipe
     if not recipe.looking and recipe.align is None:
         return replace(recipe, volumes=None)
-    other: dict[str, Any] = {"cases": cases, "n_cases": n_cases}
-    return replace(recipe, volumes=replace(recipe.volumes, **{name: value for name, value in other.items()
-                                                              if value is not None}))
+    return replace(recipe, volumes=replace(recipe.volumes, **other))
 
 
 def _open_kept(earlier: Earlier, checkpoint_name: str, trust: bool,

@@ -1,7 +1,6 @@
 """nnU-Net's own predictor for models in memory: trained folds as an ensemble, or a merged model."""
 import contextlib
 import io
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,23 +12,13 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_transplant.architecture import build_network
 from nnunet_transplant.data.images import check_images
+from nnunet_transplant.device import AUTO, threads_of_nnunet, torch_device
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merged_model import MergedModel
 from nnunet_transplant.model_folder import TrainedModel
 
 HALF_PRECISION = ("the merged weights give logits beyond half precision, in which nnU-Net sums them: merge with "
                   "smaller -weights or -lambda")
-
-
-def torch_device(name: str) -> torch.device:
-    """The device by nnU-Net's -device names, with nnU-Net's thread settings. Raises TransplantError if it is absent."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name not in available:
-        raise TransplantError(f"-device must be cpu, cuda or mps, not {name}")
-    if not available[name]:
-        raise TransplantError(f"this machine has no {name} device: choose another -device, such as cpu")
-    torch.set_num_threads(1 if name == "cuda" else multiprocessing.cpu_count())
-    return torch.device(name)
 
 
 class BatchPredictor(nnUNetPredictor):
@@ -74,7 +63,7 @@ def predictor(models: MergedModel | Sequence[MergedModel | TrainedModel], device
     return result
 
 
-def predict_folder(models: Mapping[str, MergedModel], images: Path | str, output: Path | str, *, device: str = "cuda",
+def predict_folder(models: Mapping[str, MergedModel], images: Path | str, output: Path | str, *, device: str = AUTO,
                    step_size: float = 0.5, mirroring: bool = True, on_device: bool = True,
                    save_probabilities: bool = False, continue_prediction: bool = False, npp: int = 3, nps: int = 3,
                    prev_stage_predictions: Path | str | None = None, num_parts: int = 1, part_id: int = 0,
@@ -87,7 +76,9 @@ def predict_folder(models: Mapping[str, MergedModel], images: Path | str, output
     """
     check_prediction_options(step_size, num_parts, part_id)
     images, output = Path(images), Path(output)
-    nnunet = predictor(list(models.values()), torch_device(device), step_size, mirroring, on_device, verbose, progress)
+    where = torch_device(device)
+    threads_of_nnunet(where)
+    nnunet = predictor(list(models.values()), where, step_size, mirroring, on_device, verbose, progress)
     if nnunet.configuration_manager.previous_stage_name is not None and not prev_stage_predictions:
         raise TransplantError("this is the second stage of a cascade: give -prev_stage_predictions")
     cases = find_images(images, nnunet)

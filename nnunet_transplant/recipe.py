@@ -8,7 +8,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.fitting import FITS, Fit
 from nnunet_transplant.methods import METHODS, Method
 from nnunet_transplant.steps import Step, did_you_mean, option_name
-from nnunet_transplant.volumes import N_CASES, Volumes
+from nnunet_transplant.volumes import N_CASES, N_PATCHES, Volumes
 
 FORMAT = 1  # of recipes in files
 
@@ -89,7 +89,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         volumes = None if self.volumes is None else {
-            "datasets": list(self.volumes.datasets), "cases": self.volumes.cases, "n_cases": self.volumes.n_cases}
+            "datasets": list(self.volumes.datasets), "cases": self.volumes.cases, "n_cases": self.volumes.n_cases,
+            "n_patches": self.volumes.n_patches}
         return {"format": FORMAT, "align": self.align, "method": self.method, "fit": list(self.fit),
                 "parameters": dict(self.parameters), "weights": _listed(self.weights), "volumes": volumes,
                 "keep_base_for": list(self.keep_base_for), "stage_weights": _listed(self.stage_weights),
@@ -164,9 +165,10 @@ def _is_parameters(value: Any) -> bool:
 
 
 def _are_volumes(value: Any) -> bool:
-    return bool(isinstance(value, dict) and set(value) <= {"datasets", "cases", "n_cases"}
+    return bool(isinstance(value, dict) and set(value) <= {"datasets", "cases", "n_cases", "n_patches"}
             and value.get("datasets") and _are(lambda one: _is_text(one) or type(one) is int)(value["datasets"])
-            and _or_none(_is_text)(value.get("cases")) and type(value.get("n_cases", N_CASES)) is int)
+            and _or_none(_is_text)(value.get("cases")) and type(value.get("n_cases", N_CASES)) is int
+                and type(value.get("n_patches", N_PATCHES)) is int)
 
 
 # What recipes in files may say, and what is right there.

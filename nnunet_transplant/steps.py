@@ -14,13 +14,14 @@ import inspect
 import keyword
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from nnunet_transplant.errors import TransplantError, note
 
 Needs = Literal["base", "volumes", "labels"]
+Passes = Callable[[Any, Mapping[str, Any]], float]
 IN_WORDS = {"base": "the base", "volumes": "unlabelled volumes", "labels": "labelled volumes"}
 
 
@@ -86,6 +87,7 @@ class Step:
     """An aligner, a merging method or a fit.
 
     inputs: what the function wants of the merger, by name. needs: what must be there beside the models.
+    passes: about how many forward passes of a network over a patch it takes, of an `Experts` and its options.
     """
     name: str
     summary: str
@@ -95,6 +97,7 @@ class Step:
     inputs: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     needs: tuple[Needs, ...]
+    passes: Passes | None = field(default=None, kw_only=True)
 
     @property
     def looks(self) -> bool:

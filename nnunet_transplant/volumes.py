@@ -1,7 +1,10 @@
 """The volumes that steps of a merge look at, preprocessed as the models want them and cut into patches."""
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +12,25 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
 from nnunet_transplant.data.cases import Cases, choose_cases, open_cases, open_splits, spread
 from nnunet_transplant.data.images import check_images
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.files import read_json
 from nnunet_transplant.heads import head_rows, origin
 from nnunet_transplant.labels import foreground_values, has_regions
+from nnunet_transplant.mergeable import preprocess_alike
 from nnunet_transplant.model_folder import TrainedModel
 
 IGNORED = -1  # in targets: voxels of the dataset's ignore label
-N_CASES = 8   # volumes of a dataset, unless told
+N_CASES = 8     # volumes of a dataset, unless told
+N_PATCHES = 32  # of all volumes together, unless told
+SEED = 0        # of the places of patches
+
+Look = Callable[[int, np.ndarray], np.ndarray]  # number of a volume, its image -> where there is something to segment
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,12 @@ class Volumes:
     datasets: names or ids of datasets in nnUNet_raw.
     n_cases: how many of them to take of each dataset, spread evenly over the sorted names.
     cases: of each dataset, as nnunet_transplant_split_tasks takes them (FILE, train:K, val:K); all by default.
+    n_patches: how many patches of all of them together are looked at, at most.
     """
     datasets: Sequence[str | int]
     n_cases: int = N_CASES
     cases: str | None = None
+    n_patches: int = N_PATCHES
 
 
 @dataclass(frozen=True)
@@ -55,18 +67,66 @@ def configuration_of(model: TrainedModel) -> ConfigurationManager:
     return PlansManager(model.plans).get_configuration(model.configuration)
 
 
-def open_patches(volumes: Volumes, model: TrainedModel, progress: bool = False) -> list[Patch]:
-    """Read and preprocess volumes by a model's plans and cut them into patches side by side.
+def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None,
+                 progress: bool = False) -> list[Patch]:
+    """Read and preprocess volumes by a model's plans and keep patches of them: all that cover them, side by side, where
+    these are not too many. Otherwise every volume gives as many as the others: half of them centred on a voxel where
+    there is something to segment, as far as they then lie in the volume, the others out of those that cover it. The
+    same for the same volumes.
 
+    look: says where there is something to segment; without it, or where it sees nothing, patches lie anywhere.
     Raises TransplantError for datasets, cases or channels that are not there, and for second stages of a cascade.
     """
+    if volumes.n_patches < 1:
+        raise TransplantError(f"-n_patches must be at least 1, not {volumes.n_patches}")
+    chosen = [_choose(open_cases(dataset), volumes) for dataset in volumes.datasets]
+    each = math.ceil(volumes.n_patches / len(chosen))  # of a volume that gives no patch nothing need be read
+    chosen = [cases.chosen(spread(list(cases.files), each), labelled=False) for cases in chosen]
+    count = sum(len(cases.files) for cases in chosen)
     patches: list[Patch] = []
-    patch_size = configuration_of(model).patch_size
-    for data, values, cases in tqdm(preprocessed(volumes, model), desc="reading volumes", delay=3,
-                                    disable=not progress):
-        cut = _cut(data, np.zeros(data.shape[1:]) if values is None else values, patch_size, cases)
-        patches += cut if values is not None else [replace(patch, values=None) for patch in cut]
+    size = configuration_of(model).patch_size
+    volumes_read = tqdm(preprocess(chosen, model), desc="reading volumes", total=count, delay=3, disable=not progress)
+    for index, (data, values, cases) in enumerate(volumes_read):
+        most = math.ceil((volumes.n_patches - len(patches)) / (count - index))
+        for image, labels in cut(data, values, size, most, partial(look, index) if look is not None else None, index):
+            patches.append(Patch(torch.from_numpy(image), labels, cases))
     return patches
+
+
+def cut(data: np.ndarray, values: np.ndarray | None, size: Sequence[int], most: int,
+        look: Callable[[np.ndarray], np.ndarray] | None, seed: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """At most so many patches of a volume (channels, x, y, z), with their labels: see `open_patches`. 2d patches are
+    slices."""
+    flat = len(size) < data.ndim - 1
+    size = (1, *size) if flat else tuple(size)
+    whole = pad_nd_image(data, size)
+    labels = None if values is None else pad_nd_image(values, size)
+    shape = whole.shape[1:]
+    corners = list(itertools.product(*compute_steps_for_sliding_window(shape, size, 1.0)))
+    if len(corners) > most:
+        rng = np.random.default_rng([SEED, seed])
+        around = _around(look(data), data.shape[1:], shape, size, most // 2, rng) if look is not None else []
+        others = rng.permutation(len(corners))[:most - len(around)]
+        corners = [*around, *(corners[i] for i in sorted(others))]
+    found = []
+    for corner in corners:
+        inside = tuple(slice(start, start + length) for start, length in zip(corner, size, strict=True))
+        image = whole[(slice(None), *inside)].copy()
+        part = None if labels is None else labels[inside].copy()
+        found.append((image[:, 0], None if part is None else part[0]) if flat else (image, part))
+    return found
+
+
+def _around(there: np.ndarray, inner: Sequence[int], shape: Sequence[int], size: Sequence[int], count: int,
+            rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """Corners of so many patches around random voxels of a mask of the volume before it was padded."""
+    voxels = np.argwhere(there)
+    if not len(voxels):
+        return []
+    before = [(outer - length) // 2 for outer, length in zip(shape, inner, strict=True)]
+    middles = voxels[rng.integers(len(voxels), size=count)] + np.array(before)
+    corners = np.clip(middles - np.array(size) // 2, 0, np.array(shape) - np.array(size))
+    return [tuple(corner) for corner in corners.tolist()]
 
 
 def preprocessed(volumes: Volumes, model: TrainedModel) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:
@@ -76,7 +136,7 @@ def preprocessed(volumes: Volumes, model: TrainedModel) -> Iterator[tuple[np.nda
 
 def preprocess(datasets: Sequence[Cases], model: TrainedModel) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:
     """Each volume as the model's plans preprocess it: image (channels, x, y, z), label values (x, y, z) or None where
-    the case has no label map, and the dataset's cases."""
+    the case has no label map, and the dataset's cases. What nnUNet_preprocessed holds so is read from there."""
     for cases in datasets:
         check_images({case: files["images"] for case, files in cases.files.items()}, cases.dataset_json["file_ending"],
                      cases.dataset, "the model", model.plans, model.dataset_json)
@@ -85,8 +145,13 @@ def preprocess(datasets: Sequence[Cases], model: TrainedModel) -> Iterator[tuple
         raise TransplantError("steps that look at volumes cannot run the second stage of a cascade")
     preprocessor = configuration.preprocessor_class(verbose=False)
     for cases in datasets:
+        there = _preprocessed_folder(cases, model)
         for case, files in cases.files.items():
             labels = files["label"] if Path(files["label"]).is_file() else None
+            if there is not None and (there / f"{case}.b2nd").is_file():
+                image, seg, *_ = nnUNetDatasetBlosc2(str(there), [case]).load_case(case)
+                yield np.asarray(image[:], np.float32), np.asarray(seg[:])[0] if labels else None, cases
+                continue
             try:
                 data, seg, _ = preprocessor.run_case(files["images"], labels, plans, configuration, cases.dataset_json)
             except Exception as error:  # the readers and the resampling meet unfit images with any exception
@@ -95,24 +160,38 @@ def preprocess(datasets: Sequence[Cases], model: TrainedModel) -> Iterator[tuple
             yield np.asarray(data, np.float32), np.asarray(seg)[0] if labels else None, cases
 
 
+@dataclass(frozen=True)
+class _OfDataset:
+    """How a dataset is preprocessed."""
+    plans: dict[str, Any]
+    dataset_json: dict[str, Any]
+    configuration: str
+
+
+def _preprocessed_folder(cases: Cases, model: TrainedModel) -> Path | None:
+    """Where nnUNet_preprocessed holds the cases as the model wants them, if it does: by plans of the same name that
+    preprocess alike, the labels too."""
+    folder = os.environ.get("nnUNet_preprocessed")
+    if folder is None:
+        return None
+    path = Path(folder) / cases.dataset / f"{model.plans.get('plans_name')}.json"
+    if not path.is_file():
+        return None
+    planned = _OfDataset(read_json(path), cases.dataset_json, model.configuration)
+    if model.configuration not in planned.plans.get("configurations", {}) or not preprocess_alike(model, planned):
+        return None
+    own, wanted = (PlansManager(each.plans).get_configuration(each.configuration) for each in (planned, model))
+    for key in ("resampling_fn_seg", "resampling_fn_seg_kwargs"):
+        if own.configuration.get(key) != wanted.configuration.get(key):
+            return None
+    return path.parent / own.data_identifier
+
+
 def _choose(cases: Cases, volumes: Volumes) -> Cases:
     names = list(cases.files)
     if volumes.cases is not None:
         names = choose_cases(volumes.cases, names, open_splits(cases.dataset))
     return cases.chosen(spread(names, volumes.n_cases), labelled=False)
-
-
-def _cut(data: np.ndarray, seg: np.ndarray, patch_size: Sequence[int], cases: Cases) -> list[Patch]:
-    """Patches side by side that cover the volume, padded with zeros where it is smaller; 2d patches slice by slice."""
-    if len(patch_size) < seg.ndim:
-        return [patch for index in range(len(seg)) for patch in _cut(data[:, index], seg[index], patch_size, cases)]
-    data, seg = padded(data, seg, patch_size)
-    steps = compute_steps_for_sliding_window(seg.shape, tuple(patch_size), 1.0)
-    patches = []
-    for corner in itertools.product(*steps):
-        inside = tuple(slice(start, start + size) for start, size in zip(corner, patch_size, strict=True))
-        patches.append(Patch(torch.from_numpy(data[(slice(None), *inside)].copy()), seg[inside].copy(), cases))
-    return patches
 
 
 def padded(data: np.ndarray, seg: np.ndarray, patch_size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -49,12 +49,11 @@ def test_with_the_same_labels_it_is_the_mean(same: list[Path]) -> None:
     experts = opened(same)
     expected = sum(own_logits(experts, i) for i in range(3)) / 3
     assert_half(ensemble_logits(experts), expected)
-    regions = [target.bool() for target in ensemble_targets(experts)]
-    found = torch.stack(regions)
-    assert found.shape == (3, 2, 16, 16)
+    found = torch.stack(ensemble_targets(experts))
+    assert found.shape == (3, 16, 16) and found.dtype == torch.uint8  # a byte for each voxel, however many structures
     clear = (expected.sort(1).values[:, -1] - expected.sort(1).values[:, -2] > 1e-2)  # rounding may decide the others
     for row in (1, 2):
-        assert torch.equal(found[:, row - 1][clear], (expected.argmax(1) == row)[clear])
+        assert torch.equal((found == row)[clear], (expected.argmax(1) == row)[clear])
 
 
 def test_of_tasks_it_is_every_structures_score_against_background(tasks: list[Path]) -> None:
@@ -96,7 +95,7 @@ def test_regions_keep_their_own_logits(tmp_path: Path) -> None:
 def test_agreement_is_dice(tmp_path: Path, seed: int) -> None:
     experts = opened([write_model(tmp_path / "m", LABELS, plans=PLANS, seed=seed)])
     rng = np.random.default_rng(seed)
-    targets = [torch.from_numpy(rng.choice([0, 1, IGNORED], (2, 16, 16), p=[0.5, 0.3, 0.2])) for _ in range(3)]
+    targets = [torch.from_numpy(rng.choice([0, 1, 2, IGNORED], (16, 16), p=[0.3, 0.3, 0.2, 0.2])) for _ in range(3)]
     dice = []
     said = own_logits(experts, 0).argmax(1).numpy()
     for structure in range(2):
@@ -104,9 +103,10 @@ def test_agreement_is_dice(tmp_path: Path, seed: int) -> None:
         for patch in range(3):
             for x in range(16):
                 for y in range(16):
-                    truth = int(targets[patch][structure, x, y])
+                    truth = int(targets[patch][x, y])
                     if truth == IGNORED:
                         continue
+                    truth = truth == structure + 1
                     mine += said[patch, x, y] == structure + 1
                     theirs += truth
                     both += truth and said[patch, x, y] == structure + 1
@@ -119,9 +119,9 @@ def test_a_structure_that_nobody_sees_agrees(tmp_path: Path) -> None:
                                                                                      ("bias", (3,)))}
     never["decoder.seg_layers.1.bias"][0] = 1
     experts = opened([write_model(tmp_path / "m", LABELS, plans=PLANS, change=never)])
-    nothing = [torch.zeros(2, 16, 16, dtype=torch.int8) for _ in range(3)]
+    nothing = [torch.zeros(16, 16, dtype=torch.uint8) for _ in range(3)]
     assert agreement(experts, experts.network(0), nothing) == 1
-    nothing[0][1, 3, 4] = 1
+    nothing[0][3, 4] = 2
     assert agreement(experts, experts.network(0), nothing) == 0.5
 
 
@@ -150,8 +150,8 @@ def test_references_are_the_label_maps(tmp_path: Path) -> None:
     for value, target in zip(values, targets, strict=True):
         for name, row in experts.dataset_json["labels"].items():
             if name != "background":
-                expected = np.where(value == 7, IGNORED, value == own[name])
-                np.testing.assert_array_equal(target[row - 1].numpy(), expected)
+                np.testing.assert_array_equal(target.numpy() == row, value == own[name])
+        np.testing.assert_array_equal(target.numpy() == IGNORED, value == 7)
     experts = opened(folders)
     with pytest.raises(TransplantError, match="without labels"):
         reference_targets(experts)

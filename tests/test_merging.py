@@ -152,9 +152,9 @@ def test_a_device_is_asked_for_only_where_images_are_looked_at(models: dict[str,
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert merge([models["B"], models["C"]], method="ties").provenance["device"] is None
-    with pytest.raises(TransplantError, match="this machine has no cuda device: choose another -device"):
-        merge([models["B"], models["C"]], fit="head", images=501)
-    with pytest.raises(TransplantError, match="-device must be cpu, cuda or mps, not tpu"):
+    with pytest.raises(TransplantError, match="this machine has no cuda device: leave out -device"):
+        merge([models["B"], models["C"]], fit="head", images=501, device="cuda")
+    with pytest.raises(TransplantError, match="-device must be auto, cuda, mps, cpu, not tpu"):
         merge([models["B"], models["C"]], fit="head", images=501, device="tpu")
 
 
@@ -254,7 +254,7 @@ def test_none_takes_the_fit_away_and_the_volumes_with_it(tmp_path: Path, models:
 def test_other_cases_of_the_volumes_it_starts_from(tmp_path: Path, models: dict[str, Path], fitted: Path) -> None:
     assert read_merge(fitted).recipe.volumes == Volumes([501], 1)
     found = on_cpu(earlier=fitted, n_cases=2)
-    assert recipe_of(found)["volumes"] == {"datasets": [501], "cases": None, "n_cases": 2}
+    assert recipe_of(found)["volumes"] == {"datasets": [501], "cases": None, "n_cases": 2, "n_patches": 32}
     assert len(found.provenance["volumes"]["Dataset501_Boxes"]) == 2
     chosen = tmp_path / "cases.txt"
     chosen.write_text("case_2\n")
@@ -306,7 +306,9 @@ MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
     "images for nobody": ({"models": "TWO", "method": "ties", "images": 501}, "ties looks at no volumes"),
     "no such images": ({"models": "TWO", "fit": "head", "images": 777}, "777"),
     "no case": ({"models": "TWO", "fit": "head", "images": 501, "n_cases": 0}, "-n_cases must be at least 1, not 0"),
-    "cases of nothing": ({"models": "TWO", "n_cases": 2}, "-cases and -n_cases choose among the volumes of a dataset"),
+    "cases of nothing": ({"models": "TWO", "n_cases": 2}, "-n_cases is about the volumes of a dataset: give it with"),
+    "patches of nothing": ({"models": "TWO", "n_patches": 2}, "-n_patches is about the volumes of a dataset"),
+    "no patch": ({"models": "TWO", "fit": "head", "images": 501, "n_patches": 0}, "-n_patches must be at least 1"),
     "cases of nothing any more": ({"earlier": "EARLIER", "cases": "val:0"}, "give it with -d"),
     "shares of each fold": ({"models": "TWO", "align": "rebasin", "share": ["encoder.*"], "per_fold": True},
                             "-share writes a model for each input"),

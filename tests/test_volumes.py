@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 from expert_models import experts_of, open_model
 from factory import base_network, small_plans, write_model, write_volumes
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merger import Merger, merge_folders
 from nnunet_transplant.recipe import Recipe
-from nnunet_transplant.volumes import IGNORED, Patch, Volumes, open_patches, targets_of
+from nnunet_transplant.volumes import IGNORED, Patch, Volumes, cut, open_patches, targets_of
 
 LABELS = {"background": 0, "Liver": 1, "Spleen": 2, "left": 3, "right": 4}
 
@@ -63,6 +65,80 @@ def test_small_patches_cover_everything(tmp_path: Path, raw: Path) -> None:
     voxels = sum((patch.values == 1).sum() for patch in patches)
     truth = read_labels(raw / "Dataset501_Boxes" / "labelsTr" / "case_0.nii.gz")
     assert voxels >= (truth == 1).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A budget of patches
+
+def numbered(shape: tuple[int, ...]) -> np.ndarray:
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 7])
+@pytest.mark.parametrize("size", [(8, 8, 8), (8, 8)])
+def test_a_volume_gives_so_many_patches_half_of_them_around_what_is_seen(most: int, size: tuple[int, ...]) -> None:
+    data = numbered((20, 24, 16))
+    there = np.zeros(data.shape[1:], bool)
+    there[13, 4:6, 9] = True
+    found = cut(data, data[0], size, most, lambda image: there, 0)
+    assert len(found) == most
+    around = 0
+    for image, labels in found:
+        assert image.shape == (1, *size)
+        np.testing.assert_array_equal(image[0], labels)  # the same place
+        start = [int(axis[0]) for axis in np.nonzero(data[0] == image.reshape(-1)[0])]
+        full = (1, *size) if len(size) == 2 else size
+        inside = data[0][tuple(slice(first, first + length) for first, length in zip(start, full, strict=True))]
+        np.testing.assert_array_equal(inside.reshape(image.shape[1:]), image[0])  # in one piece
+        around += bool(np.isin(image[0], data[0][there]).any())
+    assert around >= most // 2
+    for again in (0, 1):
+        same = cut(data, data[0], size, most, lambda image: there, again)
+        equal = all(np.array_equal(one[0], other[0]) for one, other in zip(found, same, strict=True))
+        assert equal == (again == 0)
+
+
+def test_where_nothing_is_seen_patches_are_those_that_cover_the_volume() -> None:
+    data = numbered((20, 24, 16))
+    cover = {float(image.reshape(-1)[0]) for image, _ in cut(data, None, (8, 8, 8), 1000, None, 0)}
+    assert len(cover) == 3 * 3 * 2
+    for look in (None, lambda image: np.zeros(image.shape[1:], bool)):
+        some = [float(image.reshape(-1)[0]) for image, _ in cut(data, None, (8, 8, 8), 5, look, 0)]
+        assert len(set(some)) == 5 and set(some) <= cover
+
+
+def test_what_is_seen_counts_from_the_volume_without_its_padding() -> None:
+    data = numbered((4, 40, 40)) + 1
+    there = np.zeros(data.shape[1:], bool)
+    there[2, 30, 7] = True
+    for image, _ in cut(data, None, (8, 8, 8), 2, lambda image: there, 0)[:1]:
+        assert float(data[0, 2, 30, 7]) in image
+
+
+@pytest.mark.parametrize(("budget", "each"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 1, 1]), (11, [4, 4, 3]),
+                                              (24, [8, 8, 8]), (1000, [8, 8, 8])])
+def test_the_budget_is_spread_over_the_volumes(tmp_path: Path, raw: Path, budget: int, each: list[int]) -> None:
+    model = write_model(tmp_path / "m", {"background": 0, "Liver": 1}, plans=small_plans(patch=16))
+    patches = patches_of(model, Volumes([501], 3, None, budget))
+    assert len(patches) == sum(each)
+    every = [patches_of(model, Volumes([501], 3, None, 1000))[8 * i:8 * i + 8] for i in range(3)]
+    of_volume = [sum(any(torch.equal(patch.image, one.image) for one in volume) for patch in patches)
+                 for volume in every]
+    assert sorted((count for count in of_volume if count), reverse=True) == each
+
+
+def test_volumes_that_give_no_patch_are_not_read(tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "m", {"background": 0, "Liver": 1}, plans=small_plans(patch=16))
+    read: list[str] = []
+    of_nnunet = DefaultPreprocessor.run_case
+
+    def run_case(self: DefaultPreprocessor, images: list[str], *more: object) -> object:
+        read.append(Path(images[0]).name)
+        return of_nnunet(self, images, *more)
+    monkeypatch.setattr(DefaultPreprocessor, "run_case", run_case)
+    assert len(patches_of(model, Volumes([501], 3, None, 2))) == 2 and len(read) == 2
+    with pytest.raises(TransplantError, match="-n_patches must be at least 1, not 0"):
+        patches_of(model, Volumes([501], 3, None, 0))
 
 
 def test_targets_are_the_datasets_labels_in_the_rows_of_the_heads(tmp_path: Path, raw: Path) -> None:

@@ -1,4 +1,6 @@
-"""How alike units are by what they do: correlations of their activations on the same patches, all models side by side.
+"""How alike units are by what they do: correlations of their activations at the same voxels of the same patches.
+
+One model runs at a time, and of each layer some voxels of a patch are kept: memory is that of one forward pass.
 """
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +12,7 @@ from nnunet_transplant.alignment.graph import Run
 from nnunet_transplant.alignment.spec import Spec
 from nnunet_transplant.alignment.weight_space import correlation
 
-CHUNK = 1 << 15  # voxels at a time
+VOXELS = 1 << 14  # that a layer gives of a patch, at most
 
 
 class Moments:
@@ -20,20 +22,16 @@ class Moments:
         self.shift: torch.Tensor | None = None
         self.count = 0
 
-    def add(self, values: Sequence[torch.Tensor], axis: int) -> None:
-        """values: of each model, with its units along an axis."""
-        rows = [value.movedim(axis, 0).flatten(1) for value in values]
-        voxels = rows[0].shape[1]
+    def add(self, rows: Sequence[torch.Tensor]) -> None:
+        """rows: of each model (units, voxels)."""
         if self.shift is None:
             self.shift = torch.cat([row.mean(1) for row in rows])
             self.first = torch.zeros_like(self.shift, dtype=torch.float64)
             self.second = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64, device=rows[0].device)
-        for start in range(0, voxels, CHUNK):
-            part = torch.cat([row[:, start:start + CHUNK] for row in rows])
-            part -= self.shift[:, None]
-            self.first += part.sum(1)
-            self.second += part @ part.T
-        self.count += voxels
+        part = torch.cat(list(rows)) - self.shift[:, None]
+        self.first += part.sum(1)
+        self.second += part @ part.T
+        self.count += part.shape[1]
 
     def correlation(self) -> np.ndarray:
         """Pearson's, of all units of all models: (N * D, N * D)."""
@@ -42,10 +40,17 @@ class Moments:
         return correlation(covariance.cpu(), variance.cpu(), variance.cpu())
 
 
+def some(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(units, voxels) with VOXELS of them, at random, or all where they are fewer."""
+    if rows.shape[1] <= VOXELS:
+        return rows.clone()
+    return rows[:, torch.randint(rows.shape[1], (VOXELS,), generator=generator).to(rows.device)]
+
+
 def activation_similarity(spec: Spec, program: Any, networks: Sequence[Mapping[str, torch.Tensor]],
                           images: Iterator[torch.Tensor]) -> dict[str, np.ndarray]:
-    """Group -> Pearson correlation over all voxels of the units of all models, (N * D, N * D): of a residual stream the
-    mean over the values it is read from.
+    """Group -> Pearson correlation over voxels of the units of all models, (N * D, N * D): of a residual stream the
+    mean over the values it is read from. Voxels are drawn at random, the same of all models.
 
     program: the graph of `spec`, traced for inputs of the images' shape (1, channels, ...).
     """
@@ -56,10 +61,16 @@ def activation_similarity(spec: Spec, program: Any, networks: Sequence[Mapping[s
             taps.setdefault(tap.node, []).append((group.name, tap.axis))
     moments = {(group, node): Moments() for node, at in taps.items() for group, _ in at}
     with torch.no_grad():
-        for image in images:
-            for node, values in run(networks, image):
-                for name, axis in taps.get(node.name, ()):
-                    moments[name, node.name].add([value[node] for value in values], axis)
+        for number, image in enumerate(images):
+            seen: dict[tuple[str, str], list[torch.Tensor]] = {}
+            for network in networks:
+                generator = torch.Generator().manual_seed(number)  # the same voxels of every network
+                for node, (values,) in run([network], image):
+                    for name, axis in taps.get(node.name, ()):
+                        rows = values[node].movedim(axis, 0).flatten(1)
+                        seen.setdefault((name, node.name), []).append(some(rows, generator))
+            for place, of_models in seen.items():
+                moments[place].add(of_models)
     found: dict[str, list[np.ndarray]] = {}
     for (name, _), sums in moments.items():
         found.setdefault(name, []).append(sums.correlation())

@@ -3,7 +3,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 
 from nnunet_transplant.alignment.activation_space import activation_similarity
@@ -32,6 +31,15 @@ Decay = Annotated[float, "zip: factor of the similarities of units that are join
 Budget = Annotated[float, "zip: share of the joins that may be inside a model, the paper's b; 0: none", Range(0.0, 1.0)]
 
 
+def each_once(experts: Experts, settings: Mapping[str, Any]) -> float:
+    return 1.3 * len(experts.models) * len(experts.patches)  # correlations beside the network
+
+
+def with_search(experts: Experts, settings: Mapping[str, Any]) -> float:
+    tries = len(ALPHAS) if settings["search_alpha"] != "no" else 0
+    return each_once(experts, settings) + (tries + len(experts.models)) * len(experts.patches) * (tries > 0)
+
+
 def zips(settings: Mapping[str, Any]) -> bool:
     return settings["units"] == "zip"
 
@@ -48,7 +56,7 @@ def rebasin(experts: Experts, units: Units = "match", to: To = "first", decay: D
     return put_together(experts, zipper(decay, budget), 1.0, seed)
 
 
-@aligner("activation", "by the activations on the same patches", needs=("volumes",), mean_only=zips,
+@aligner("activation", "by the activations on the same patches", needs=("volumes",), mean_only=zips, passes=each_once,
          reference="ZipIt! Merging Models from Different Tasks without Training, Stoica et al., ICLR 2024",
          url="https://arxiv.org/abs/2305.03053")
 def activation(experts: Experts, units: Units = "match", to: To = "first", decay: Decay = 0.5,
@@ -57,7 +65,7 @@ def activation(experts: Experts, units: Units = "match", to: To = "first", decay
     return put_together(experts, _solver(units, to, decay, budget), 0.0, 0)
 
 
-@aligner("mudsc", "by the weights and the activations", needs=("volumes",), mean_only=zips,
+@aligner("mudsc", "by the weights and the activations", needs=("volumes",), mean_only=zips, passes=with_search,
          reference="Training-Free Pretrained Model Merging, Xu et al., CVPR 2024",
          url="https://arxiv.org/abs/2403.01753")
 def mudsc(experts: Experts, merge: Callable[[Sequence[Network]], Network],
@@ -113,7 +121,11 @@ def put_together(experts: Experts, solver: Solver, alpha: float, seed: int, pear
     skip = lowest_head(spec.program) if experts.same_labels else frozenset(first.layout.heads)
     if experts.shared:  # what models keep to themselves need not fit together
         skip |= frozenset(first.layout.names) - experts.shared
-    activations = experts.once("activations", lambda: _activations(experts, spec)) if alpha < 1 else None
+    activations = None
+    if alpha < 1:
+        every, shared = range(len(experts.models)), sorted(experts.shared)
+        found = experts.kept("activations", every, [shared], lambda: _activations(experts, spec))
+        activations = {name: of_group.numpy() for name, of_group in found.items()}
     matching = match(spec, experts.tensors, solver, alpha, activations, seed, skip, pearson, patience,
                      experts.progress)
     tensors: list[dict[str, torch.Tensor]] = [moved(network, spec, matching.assignments, model)
@@ -126,10 +138,11 @@ def _spec(experts: Experts) -> Spec:
     return restricted(spec, experts.shared) if experts.shared else spec
 
 
-def _activations(experts: Experts, spec: Spec) -> dict[str, np.ndarray]:
+def _activations(experts: Experts, spec: Spec) -> dict[str, torch.Tensor]:
     first = experts.models[0]
     program = exported(meta_network(first, experts.trainer), input_shape(first))
     networks = [{name: tensor.float().to(experts.device) for name, tensor in tensors.items()}
                 for tensors in experts.tensors]
     images = (experts.images([patch]) for patch in experts.bar(experts.patches, "activations"))
-    return activation_similarity(spec, program, networks, images)
+    found = activation_similarity(spec, program, networks, images)
+    return {name: torch.from_numpy(of_group) for name, of_group in found.items()}

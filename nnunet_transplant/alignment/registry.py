@@ -3,7 +3,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nnunet_transplant.steps import Needs, Registry, Step, read_signature
+from nnunet_transplant.steps import Needs, Passes, Registry, Step, read_signature
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def aligner(name: str, summary: str, *, reference: str, url: str, needs: Sequence[Needs] = (),
-            mean_only: Callable[[Mapping[str, Any]], bool] = lambda settings: False) -> Callable[[F], F]:
+            mean_only: Callable[[Mapping[str, Any]], bool] = lambda settings: False,
+            passes: Passes | None = None) -> Callable[[F], F]:
     """Make a function an aligner: `-align name` on the command line.
 
     The function takes `experts` (an `Experts`) and gives the tensors of each model, by canonical name, in common units:
@@ -27,6 +28,6 @@ def aligner(name: str, summary: str, *, reference: str, url: str, needs: Sequenc
     """
     def declare(function: F) -> F:
         ALIGNERS.add(Aligner(name, summary, reference, url, function, *read_signature(function), tuple(needs),
-                             mean_only))
+                             mean_only, passes=passes))
         return function
     return declare

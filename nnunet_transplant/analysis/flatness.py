@@ -13,13 +13,13 @@ import torch
 from nnunet_transplant.analysis.curvature import Hessian, fisher_diagonal, hessian_trace, quadratic, top_eigenvalues
 from nnunet_transplant.analysis.risk import open_risk
 from nnunet_transplant.checkpoint import tensors_sha256
+from nnunet_transplant.device import AUTO, threads_of_nnunet, torch_device
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.flatness import save_flatness_figure
 from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.mergeable import check_base
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models
-from nnunet_transplant.prediction import torch_device
 from nnunet_transplant.volumes import configuration_of, volumes_of
 
 JSON, TABLE, FIGURE = "flatness.json", "table.txt", "flatness.png"
@@ -28,7 +28,7 @@ JSON, TABLE, FIGURE = "flatness.json", "table.txt", "flatness.png"
 def flatness(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
              tasks: Sequence[Path | str] = (), cases: str | None = None, n_cases: int | None = None,
              n_patches: int = 16, n_eigenvalues: int = 10, n_probes: int = 10, batch_size: int | None = None,
-             seed: int = 0, checkpoint_name: str = CHECKPOINT, device: str = "cuda", trust: bool = False,
+             seed: int = 0, checkpoint_name: str = CHECKPOINT, device: str = AUTO, trust: bool = False,
              overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
     """Measure how sharply the loss of each model rises around it, and write flatness.json, table.txt and flatness.png.
 
@@ -49,7 +49,8 @@ def flatness(models: Sequence[Path | str], dataset: str | int, fold: str | int =
         raise TransplantError("-tasks needs lambda_1: give -n_eigenvalues 1 or more")
     output = Path(os.path.abspath(output))
     check_output(output, [*models, *tasks], overwrite, JSON, "an earlier measurement")
-    torch_device(device)
+    where = torch_device(device)
+    threads_of_nnunet(where)
     volumes = volumes_of(dataset, fold, n_patches if n_cases is None else n_cases, cases)
     use_our_trainers()
     opened = [model for path in models for model in open_models(path, None, checkpoint_name, trust)]
@@ -58,7 +59,7 @@ def flatness(models: Sequence[Path | str], dataset: str | int, fold: str | int =
     found: dict[str, Any] = {}
     bounds: dict[str, Any] = {}
     for label, model in zip(labels, opened, strict=True):
-        risk = open_risk(model, volumes, n_patches, seed, device, progress)
+        risk = open_risk(model, volumes, n_patches, seed, where, progress)
         fisher = torch.cat([each.reshape(-1) for each in fisher_diagonal(risk).values()])
         of_model = found[label] = {
             "path": str(model.path.resolve()), "sha256": file_sha256(model.path), "parameters": fisher.numel(),

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from nnunet_transplant.analysis.risk import Risk, open_risk
+from nnunet_transplant.device import AUTO, threads_of_nnunet, torch_device
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.landscape import save_lines_figure, save_plane_figure
@@ -24,7 +25,6 @@ from nnunet_transplant.files import atomic_path, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.mergeable import check_mergeable
 from nnunet_transplant.model_folder import CHECKPOINT, model_labels, open_models
-from nnunet_transplant.prediction import torch_device
 from nnunet_transplant.vectors import add_weighted
 from nnunet_transplant.volumes import volumes_of
 
@@ -101,7 +101,7 @@ def _loss(risk: Risk, mixed: Mapping[str, torch.Tensor]) -> float:
 def landscape(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
               also: Sequence[Path | str] = (), cases: str | None = None, n_cases: int | None = None, n_patches: int = 8,
               points: int = 17, line_points: int = 11, seed: int = 0, checkpoint_name: str = CHECKPOINT,
-              device: str = "cuda", trust: bool = False, overwrite: bool = False,
+              device: str = AUTO, trust: bool = False, overwrite: bool = False,
               progress: bool = False) -> dict[str, Any]:
     """Measure the loss around and between models, and draw it (MuDSC, Fig. 3).
 
@@ -119,7 +119,8 @@ def landscape(models: Sequence[Path | str], dataset: str | int, fold: str | int 
     """
     if points < 0 or line_points < 2:
         raise TransplantError("-points must not be negative, and -line_points at least 2")
-    torch_device(device)
+    where = torch_device(device)
+    threads_of_nnunet(where)
     volumes = volumes_of(dataset, fold, n_patches if n_cases is None else n_cases, cases)
     use_our_trainers()
     experts = [model for path in models for model in open_models(path, None, checkpoint_name, trust)]
@@ -139,7 +140,7 @@ def landscape(models: Sequence[Path | str], dataset: str | int, fold: str | int 
              "line_points": line_points}
     output = Path(os.path.abspath(output))
     known = _measured(output, setup, overwrite)
-    losses = Losses(networks, {task: open_risk(expert, volumes, n_patches, seed, device, progress)
+    losses = Losses(networks, {task: open_risk(expert, volumes, n_patches, seed, where, progress)
                                for task, expert in tasks.items()})
     if not known:
         output.mkdir(parents=True, exist_ok=True)

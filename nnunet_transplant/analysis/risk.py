@@ -18,6 +18,7 @@ from nnunet_transplant.model_folder import TrainedModel
 from nnunet_transplant.vectors import added_up
 from nnunet_transplant.volumes import Patch, Volumes, configuration_of, images_of, padded, preprocessed
 
+CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
@@ -69,7 +70,7 @@ class Risk:
             yield self.patches[start:start + size]
 
 
-def open_risk(model: TrainedModel, volumes: Volumes, patches: int, seed: int = 0, device: str = "cpu",
+def open_risk(model: TrainedModel, volumes: Volumes, patches: int, seed: int = 0, device: torch.device = CPU,
               progress: bool = False) -> Risk:
     """A model's risk on so many patches of labelled cases. See `draw` for which patches.
 
@@ -80,7 +81,7 @@ def open_risk(model: TrainedModel, volumes: Volumes, patches: int, seed: int = 0
         raise TransplantError(f"-n_patches must be at least 1, not {patches}")
     network = build_network(model.plans, model.configuration, model.dataset_json, model.trainer)
     network.load_state_dict(model.state_dict())
-    return Risk(model, network.to(device).eval(), draw(model, volumes, patches, seed), torch.device(device), progress)
+    return Risk(model, network.to(device).eval(), draw(model, volumes, patches, seed), device, progress)
 
 
 def draw(model: TrainedModel, volumes: Volumes, count: int, seed: int) -> list[Patch]:

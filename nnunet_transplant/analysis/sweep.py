@@ -27,6 +27,7 @@ from nnunet_transplant.analysis.search import (
     trial_dice,
 )
 from nnunet_transplant.data.cases import Cases, evaluation_cases
+from nnunet_transplant.device import AUTO, threads_of_nnunet, torch_device
 from nnunet_transplant.environment import use_our_trainers, versions
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures.sweep import save_front_figure, save_maps_figure, save_slices_figure
@@ -34,7 +35,6 @@ from nnunet_transplant.files import atomic_path, check_output, file_sha256
 from nnunet_transplant.heads import structures
 from nnunet_transplant.merger import Merger
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models, open_theta_0
-from nnunet_transplant.prediction import torch_device
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.record import recipe_file
 from nnunet_transplant.tables import aligned_lines
@@ -101,7 +101,7 @@ class Plan:
 def sweep(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
           plan: Plan = Plan(), recipe: Recipe = ARITHMETIC, base: Path | str | None = None,
           cases: str | None = None, n_cases: int | None = None, checkpoint_name: str = CHECKPOINT,
-          device: str = "cuda", step_size: float = 0.5, mirroring: bool = False, trust: bool = False,
+          device: str = AUTO, step_size: float = 0.5, mirroring: bool = False, trust: bool = False,
           overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
     """Search the coefficients with which trained models merge best, and write what was found to a folder.
 
@@ -124,6 +124,7 @@ def sweep(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0
         raise TransplantError("--overwrite would take a shared study from those who work on it: give another -study")
     _check_output(output, models, overwrite)
     target_device = torch_device(device)
+    threads_of_nnunet(target_device)
     if any(parameter.name == "seed" for step in recipe.steps for parameter in step.parameters):
         recipe = replace(recipe, parameters={"seed": plan.seed, **recipe.parameters})
     space = open_space(recipe, len(models), plan.weight_range, plan.searched)

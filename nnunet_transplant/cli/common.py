@@ -55,7 +55,8 @@ def add_checkpoint_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def add_device_argument(parser: argparse._ActionsContainer, what: str = "where networks run") -> None:
-    parser.add_argument("-device", default="cuda", metavar="cuda|cpu|mps", help=f"{what}; default cuda")
+    parser.add_argument("-device", default="auto", metavar="auto|cuda|mps|cpu",
+                        help=f"{what}; default auto: the first of CUDA, MPS and the CPU that is there")
 
 
 def add_output_arguments(parser: argparse._ActionsContainer, what: str, metavar: str = "OUT",

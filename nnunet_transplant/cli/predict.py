@@ -14,8 +14,9 @@ from nnunet_transplant.cli.steps import (
     help_of_steps,
     merge_options,
 )
+from nnunet_transplant.device import torch_device
 from nnunet_transplant.merging import merge, predict
-from nnunet_transplant.prediction import check_prediction_options, torch_device
+from nnunet_transplant.prediction import check_prediction_options
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.fitting import FITS
 from nnunet_transplant.methods import METHODS, Method
 from nnunet_transplant.steps import IN_WORDS, Registry, Step
-from nnunet_transplant.volumes import N_CASES
+from nnunet_transplant.volumes import N_CASES, N_PATCHES
 
 KINDS: dict[str, Registry[Any]] = {"align": ALIGNERS, "method": METHODS, "fit": FITS}
 OPTION = "option:"  # before the names of steps' options in parsed arguments
@@ -46,6 +46,11 @@ def add_volume_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("-cases", metavar="FILE|train:K|val:K", help="out of these cases; default all")
     group.add_argument("-n_cases", type=int, metavar="N",
                        help=f"so many volumes of each, spread evenly; default {N_CASES}")
+    group.add_argument("-n_patches", type=int, metavar="N",
+                       help=f"so many patches of all of them together, which is what the time depends on; default "
+                            f"{N_PATCHES}")
+    group.add_argument("-cache", type=Path, metavar="DIR", help="keep here what looking at volumes found out: "
+                       "a merge with another method or fit, or one that was interrupted, goes on from there")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -143,7 +148,8 @@ def add_held_back_arguments(group: argparse._ActionsContainer) -> None:
 def merge_options(args: argparse.Namespace) -> dict[str, Any]:
     """The parsed flags as `merging.merge` takes them."""
     return {"models": args.m, "align": args.align, "method": args.method, "fit": args.fit, "images": args.d,
-            "cases": args.cases, "n_cases": args.n_cases, "weights": args.weights, "keep_base_for": args.keep_base_for,
-            "stage_weights": args.stage_weights, "same_channels": args.same_channels, "folds": args.f,
-            "base": args.base, "recipe": args.recipe, "earlier": args.earlier, "drop": args.drop,
-            "checkpoint_name": args.chk, "device": args.device, "trust": args.trust_checkpoints, **options_of(args)}
+            "cases": args.cases, "n_cases": args.n_cases, "n_patches": args.n_patches, "weights": args.weights,
+            "keep_base_for": args.keep_base_for, "stage_weights": args.stage_weights,
+            "same_channels": args.same_channels, "folds": args.f, "base": args.base, "recipe": args.recipe,
+            "earlier": args.earlier, "drop": args.drop, "checkpoint_name": args.chk, "device": args.device,
+            "trust": args.trust_checkpoints, "cache": args.cache, **options_of(args)}

@@ -1,7 +1,6 @@
 """The head fitted to what the experts say: a head was trained on its own network, and reads another one now."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -12,28 +11,23 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.fitting.registry import fit
 from nnunet_transplant.steps import Range, Seed
-from nnunet_transplant.volumes import Patch
 
 Convolution = nn.Conv2d | nn.Conv3d
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What the ensemble says of some voxels of a patch."""
-    patch: Patch
-    voxels: torch.Tensor  # indices into the patch, flattened
-    logits: torch.Tensor  # (rows, voxels), half precision
+Lesson = tuple[torch.Tensor, torch.Tensor]  # of a patch: voxels (flattened indices), half logits (rows, voxels)
 
 
-def lessons_of(experts: Experts, seed: int = 0, positions: int = 4096) -> list[Lesson]:
-    """positions: voxels taken of each patch at most, half of them where the ensemble is not sure of background."""
+def lessons_of(experts: Experts, seed: int, positions: int) -> list[Lesson]:
+    """What the ensemble says of some voxels of every patch: at most so many positions, half of them where it is not
+    sure of background."""
     generator = torch.Generator().manual_seed(seed)
     lessons = []
-    for patch, target in zip(experts.patches, ensemble_logits(experts), strict=True):
+    for target in ensemble_logits(experts):
         logits = target.flatten(1)
         probability = logits.float().sigmoid().amax(0) if experts.regions else 1 - logits.float().softmax(0)[0]
         voxels = _half_from(probability > 0.01, positions, generator)
-        lessons.append(Lesson(patch, voxels, logits[:, voxels]))
+        lessons.append((voxels.cpu(), logits[:, voxels].cpu()))
     return lessons
 
 
@@ -44,7 +38,7 @@ def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) 
     Returns the head. Raises TransplantError for a network whose output no single layer makes.
     """
     size = experts.configuration.batch_size
-    head = output_layer(network, experts.images([lessons[0].patch]))
+    head = output_layer(network, experts.images(experts.patches[:1]))
     read: list[torch.Tensor] = []
 
     def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -52,11 +46,11 @@ def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) 
     features = []
     with torch.no_grad(), _hook(head, look):
         for start in experts.bar(range(0, len(lessons), size), "fitting the head"):
-            batch = lessons[start:start + size]
-            network(experts.images([lesson.patch for lesson in batch]))
-            features += [of_patch[:, lesson.voxels] for lesson, of_patch in zip(batch, read.pop(), strict=True)]
+            network(experts.images(experts.patches[start:start + size]))
+            features += [of_patch[:, voxels.to(of_patch.device)]
+                         for (voxels, _), of_patch in zip(lessons[start:start + size], read.pop(), strict=True)]
     inputs = torch.cat(features, 1)
-    target = torch.cat([lesson.logits for lesson in lessons], 1).float()[None]
+    target = torch.cat([logits for _, logits in lessons], 1).float().to(inputs.device)[None]
     inputs = torch.cat([inputs, torch.full_like(inputs[:1], head.bias is not None)])
     bias = torch.zeros(len(target[0]), device=target.device) if head.bias is None else head.bias.detach()
     weight = torch.cat([head.weight.detach().flatten(1), bias[:, None]], 1).requires_grad_(True)
@@ -77,13 +71,16 @@ def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) 
 
 @fit("head", "the head of full resolution, without labels: seconds, and half of the merge",
      reference="this package; after Distilling the Knowledge in a Neural Network, Hinton et al., 2015",
-     url="https://arxiv.org/abs/1503.02531")
+     url="https://arxiv.org/abs/1503.02531",
+     passes=lambda experts, settings: (len(experts.models) + 1) * len(experts.patches))
 def head(merged: dict[str, torch.Tensor], experts: Experts,
          positions: Annotated[int, "voxels taken of each patch, at most", Range(2, 2 ** 31 - 1)] = 4096,
          seed: Seed = 0) -> dict[str, torch.Tensor]:
     """The merged tensors with the head of full resolution fitted to the ensemble. See `lessons_of` and `teach_head`."""
     network = experts.merged_network(merged)
-    lessons = experts.once(("lessons", seed, positions), lambda: lessons_of(experts, seed, positions))
+    every = range(len(experts.models))
+    lessons = experts.kept("lessons", every, [experts.joined.rows, experts.joined.softmax, seed, positions],
+                           lambda: lessons_of(experts, seed, positions))
     layer = teach_head(experts, network, lessons)
     canonical = {id(tensor): name for name, tensor in network.named_parameters(remove_duplicate=False)}
     return merged | {canonical[id(tensor)]: tensor.detach().cpu().to(merged[canonical[id(tensor)]].dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nnunet_transplant.architecture import canonical_names
-from nnunet_transplant.ensemble import divergence, ensemble_logits
+from nnunet_transplant.ensemble import Teacher, divergence
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.fitting.registry import fit
@@ -15,7 +15,8 @@ from nnunet_transplant.steps import Range, Seed
 
 @fit("polish", "all weights, without labels: steps of AdamW towards the experts",
      reference="this package; after Distilling the Knowledge in a Neural Network, Hinton et al., 2015",
-     url="https://arxiv.org/abs/1503.02531")
+     url="https://arxiv.org/abs/1503.02531", passes=lambda experts, settings: (
+         settings["steps"] * experts.configuration.batch_size * (len(experts.models) + 3)))
 def polish(merged: dict[str, torch.Tensor], experts: Experts,
            steps: Annotated[int, "steps of AdamW", Range(1, 10 ** 6)] = 100,
            lr: Annotated[float, "learning rate at the start; it falls to 0 as a cosine", Range(1e-12, 1.0)] = 1e-3,
@@ -25,14 +26,14 @@ def polish(merged: dict[str, torch.Tensor], experts: Experts,
 
     Raises TransplantError where the weights become NaN or Inf.
     """
-    teacher = experts.once("teacher", lambda: [logits.cpu() for logits in ensemble_logits(experts)])
+    teacher = experts.once("teacher", lambda: Teacher(experts))
     network = experts.merged_network(merged).requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for chosen in experts.bar(list(_batches(len(teacher), experts.configuration.batch_size, steps, seed)),
-                                  "polishing"):
-        target = torch.stack([teacher[i] for i in chosen]).float().to(experts.device)
-        loss = divergence(network(experts.images([experts.patches[i] for i in chosen])), target, experts.regions)
+    for chosen in experts.bar(list(_batches(len(experts.patches), experts.configuration.batch_size, steps, seed)),
+                              "polishing"):
+        patches = [experts.patches[i] for i in chosen]
+        loss = divergence(network(experts.images(patches)), teacher(patches).float(), experts.regions)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 12)  # as nnU-Net

@@ -3,7 +3,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nnunet_transplant.steps import Needs, Registry, Step, read_signature
+from nnunet_transplant.steps import Needs, Passes, Registry, Step, read_signature
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fit(name: str, summary: str, *, reference: str, url: str,
-        needs: Sequence[Needs] = ("volumes",)) -> Callable[[F], F]:
+        needs: Sequence[Needs] = ("volumes",), passes: Passes | None = None) -> Callable[[F], F]:
     """Make a function a fit: `-fit name` on the command line.
 
     The function takes `merged` (tensors by canonical name) and `experts` (an `Experts`), and gives such tensors. Its
     options are its annotated parameters (see `steps`).
     """
     def declare(function: F) -> F:
-        FITS.add(Fit(name, summary, reference, url, function, *read_signature(function), tuple(needs)))
+        FITS.add(Fit(name, summary, reference, url, function, *read_signature(function), tuple(needs), passes=passes))
         return function
     return declare

@@ -1,5 +1,6 @@
 """Coefficients found by gradient descent, the base and the task vectors frozen: AdaMerging without labels, learned
 coefficients with them."""
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,9 +26,15 @@ Rate = Annotated[float, "learning rate (Adam)", Range(0.0, 10.0)]
 Coefficients = dict[str, torch.Tensor]  # tensor name -> (models,); all the same object with one for each task
 
 
+def steps_of(experts: Experts, settings: Mapping[str, Any]) -> float:
+    return (3 * settings["iterations"] * experts.configuration.batch_size
+            + len(experts.models) * len(experts.patches))  # and a look for structures
+
+
 @method("adamerging", "coefficients that make the merged model decided about its structures, without labels",
         reference="AdaMerging: Adaptive Model Merging for Multi-Task Learning, Yang et al., ICLR 2024",
-        url="https://arxiv.org/abs/2310.02575", weights=FROM_START, needs=("base", "volumes"), by_entry=True)
+        url="https://arxiv.org/abs/2310.02575", weights=FROM_START, needs=("base", "volumes"), by_entry=True,
+        passes=steps_of)
 def adamerging(vectors: TaskVectors, experts: Experts, per: Per = "tensor", iterations: Iterations = 500,
                lr: Rate = 1e-3, seed: Seed = 0) -> Found:
     """theta_0 + sum_t lambda_t tau_t of least `entropy`."""
@@ -39,7 +46,8 @@ def adamerging(vectors: TaskVectors, experts: Experts, per: Per = "tensor", iter
 
 @method("learned", "coefficients that minimise nnU-Net's loss on labelled volumes",
         reference="Knowledge Composition using Task Vectors with Learned Anisotropic Scaling, Zhang et al., NeurIPS "
-        "2024", url="https://arxiv.org/abs/2407.02880", weights=FROM_START, needs=("base", "labels"), by_entry=True)
+        "2024", url="https://arxiv.org/abs/2407.02880", weights=FROM_START, needs=("base", "labels"), by_entry=True,
+        passes=steps_of)
 def learned(vectors: TaskVectors, experts: Experts, per: Per = "tensor", iterations: Iterations = 100,
             lr: Rate = 1e-2, seed: Seed = 0) -> Found:
     """theta_0 + sum_t lambda_t tau_t of least `segmentation_loss`."""

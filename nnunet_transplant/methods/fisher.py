@@ -22,13 +22,14 @@ Fisher = dict[str, torch.Tensor]
 
 @method("fisher", "mean of the models weighted entry by entry by their diagonal Fisher information",
         reference="Merging Models with Fisher-Weighted Averaging, Matena and Raffel, NeurIPS 2022",
-        url="https://arxiv.org/abs/2111.09832", weights=CONVEX, needs=("volumes",))
+        url="https://arxiv.org/abs/2111.09832", weights=CONVEX, needs=("volumes",),
+        passes=lambda experts, settings: 3 * len(experts.models) * len(experts.patches))  # back, too
 def fisher(vectors: TaskVectors, experts: Experts,
            labels: Annotated[Literal["model", "dataset"], "whose labels: drawn from each model's own predictions, or "
                              "the dataset's"] = "model",
            seed: Seed = 0) -> Callable[[Tensors], torch.Tensor]:
     """sum_t w_t F_t theta_t / sum_t w_t F_t, entry by entry."""
-    information = [experts.once(("fisher", model, labels, seed),
+    information = [experts.kept("fisher", [model], [labels, seed],
                                 partial(diagonal, experts, model, vectors.names, labels, seed))
                    for model in range(len(vectors.thetas))]
 
@@ -64,7 +65,7 @@ def diagonal(experts: Experts, model: int, names: Collection[str], labels: str, 
         for name, parameter in parameters.items():
             if parameter.grad is not None:  # the heads of deep supervision take no part
                 total[name].addcmul_(parameter.grad, parameter.grad)
-    mean = sum(float(fisher.double().sum()) for fisher in total.values()) / sum(map(torch.numel, total.values()))
+    mean = sum(float(fisher.cpu().double().sum()) for fisher in total.values()) / sum(map(torch.numel, total.values()))
     return {name: (fisher / max(mean, 1e-30)).cpu() for name, fisher in total.items()}
 
 

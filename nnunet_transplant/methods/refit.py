@@ -22,6 +22,7 @@ from nnunet_transplant.experts import Experts
 from nnunet_transplant.methods.linear import average
 from nnunet_transplant.methods.registry import CONVEX, method
 from nnunet_transplant.methods.regmean import Positions, choose, windows_of
+from nnunet_transplant.model_folder import TrainedModel
 from nnunet_transplant.steps import Range, Seed
 from nnunet_transplant.vectors import TINY, TaskVectors, Tensors, added_up
 
@@ -80,7 +81,8 @@ def _plain(node: Node) -> bool:
 
 @method("refit", "least squares layer by layer on the merged model's own inputs, to the models' mean outputs",
         reference="this package; after RegMean, Jin et al., ICLR 2023", url="https://arxiv.org/abs/2212.09849",
-        weights=CONVEX, needs=("volumes",))
+        weights=CONVEX, needs=("volumes",), passes=lambda experts, settings: (  # half of all networks for each layer
+            0.5 * (len(experts.models) + 1) * len(experts.patches) * kernels(experts.models[0])))
 def refit(vectors: TaskVectors, experts: Experts,
           ridge: Annotated[float, "how much the mean of the kernels counts, in mean variances of an input",
                            Range(1e-6, 1e6)] = 0.1,
@@ -112,6 +114,10 @@ def refit(vectors: TaskVectors, experts: Experts,
     def merge(tensors: Tensors) -> torch.Tensor:
         return fitted[tensors.name] if tensors.name in fitted else average(tensors)
     return merge
+
+
+def kernels(model: TrainedModel) -> int:
+    return sum(len(model.layout.shapes[name]) > 3 for name in model.layout.body)
 
 
 def look(run: Run, layer: Layer, networks: Sequence[Network],

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.steps import IN_WORDS, Needs, Range, Registry, Step, read_signature
+from nnunet_transplant.steps import IN_WORDS, Needs, Passes, Range, Registry, Step, read_signature
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def method(name: str, summary: str, *, reference: str, url: str, weights: WeightsRule, needs: Sequence[Needs] = (),
-           by_entry: bool = False, max_models: int | None = None) -> Callable[[F], F]:
+           by_entry: bool = False, max_models: int | None = None,
+           passes: Passes | None = None) -> Callable[[F], F]:
     """Make a function a merging method: `-method name` on the command line.
 
     The function takes `tensors` (a `Tensors`: one tensor of every model, float32) and gives the merged tensor; or it
@@ -52,8 +53,8 @@ def method(name: str, summary: str, *, reference: str, url: str, weights: Weight
     such a function. Its options are its annotated parameters (see `steps`).
     """
     def declare(function: F) -> F:
-        METHODS.add(Method(name, summary, reference, url, function, *read_signature(function), tuple(needs), weights,
-                           by_entry, max_models))
+        METHODS.add(Method(name, summary, reference, url, function, *read_signature(function), tuple(needs),
+                           weights, by_entry, max_models, passes=passes))
         return function
     return declare
 

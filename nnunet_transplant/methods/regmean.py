@@ -5,6 +5,7 @@ input (im2col, inputs = in x kernel), a transposed convolution whose kernel is i
 kernel). W = (sum_t w_t G_t)^-1 sum_t w_t G_t W_t with G_t = X_t^T X_t, its entries off the diagonal times a factor (the
 paper's alpha).
 """
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, cast
@@ -13,13 +14,15 @@ import torch
 from torch import nn
 
 from nnunet_transplant.architecture import canonical_names
+from nnunet_transplant.device import memory_left
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.methods.linear import average
 from nnunet_transplant.methods.registry import CONVEX, method
 from nnunet_transplant.steps import Range, Seed
 from nnunet_transplant.vectors import TaskVectors, Tensors
 
-BUDGET = 2 << 30  # bytes of Gram matrices at a time; for more layers the patches pass through the networks again
+MEMORY = 0.25  # share of what the device has left for Gram matrices; for more layers the patches pass again
+FEWEST = 1 << 14  # rows that layers with few inputs take, too
 
 Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Positions = Annotated[int, "voxels that a layer takes of each patch, at most", Range(1, 2 ** 31 - 1)]
@@ -27,22 +30,28 @@ Positions = Annotated[int, "voxels that a layer takes of each patch, at most", R
 
 @method("regmean", "closed-form least squares: each layer nearest to every model's outputs on its own inputs",
         reference="Dataless Knowledge Fusion by Merging Weights of Language Models, Jin et al., ICLR 2023",
-        url="https://arxiv.org/abs/2212.09849", weights=CONVEX, needs=("volumes",))
+        url="https://arxiv.org/abs/2212.09849", weights=CONVEX, needs=("volumes",),
+        passes=lambda experts, settings: 1.6 * len(experts.models) * len(experts.patches))  # and the Gram matrices
 def regmean(vectors: TaskVectors, experts: Experts,
             off_diagonal: Annotated[float, "factor of the Gram matrices' entries off the diagonal, the paper's alpha",
                                     Range(0.0, 1.0)] = 0.9,
-            positions: Positions = 1024, seed: Seed = 0) -> Callable[[Tensors], torch.Tensor]:
+            positions: Positions = 1024,
+            rows: Annotated[int, "voxels of all patches that a layer takes for each number that it reads, at most (but "
+                            f"{FEWEST})", Range(1, 2 ** 31 - 1)] = 4,
+            seed: Seed = 0) -> Callable[[Tensors], torch.Tensor]:
     """The solution for kernels, the weighted mean for everything else."""
     layers = {name: cast(Convolution, module) for name, module in module_weights(experts.network(0)).items()
               if name in vectors.names and is_linear(module)}
-    parts = list(groups(layers))
-    keep = len(parts) == 1 and len(vectors.thetas) * sum(map(gram_size, layers.values())) <= BUDGET
+    budget = int(MEMORY * memory_left(experts.device))
+    parts = list(groups(layers, budget))
+    keep = len(parts) == 1 and len(vectors.thetas) * sum(map(gram_size, layers.values())) <= budget
     solved: dict[str, torch.Tensor] = {}
     for names in parts:
         sums = {name: Sums(as_matrix(layers[name].weight, layers[name])) for name in names}
         for model, weight in enumerate(vectors.weights):
-            seen = partial(grams, experts, model, names, positions, seed)
-            for name, gram in (experts.once(("grams", model, positions, seed), seen) if keep else seen()).items():
+            look = partial(grams, experts, model, names, positions, rows, seed)
+            seen = experts.kept("grams", [model], [positions, rows, seed], look) if keep else look()
+            for name, gram in seen.items():
                 theta = vectors.thetas[model][name].float().to(experts.device)
                 sums[name].add(gram, as_matrix(theta, layers[name]), weight, off_diagonal)
         for name in names:
@@ -81,13 +90,13 @@ def gram_size(layer: Convolution) -> int:
     return 4 * len(as_matrix(layer.weight, layer)) ** 2
 
 
-def groups(layers: Mapping[str, Convolution]) -> Iterator[list[str]]:
+def groups(layers: Mapping[str, Convolution], budget: int) -> Iterator[list[str]]:
     """The layers, so many at a time that their Gram matrices keep to the budget (one at least)."""
     group: list[str] = []
     used = 0
     for name, layer in layers.items():
         size = gram_size(layer)
-        if group and used + size > BUDGET:
+        if group and used + size > budget:
             yield group
             group, used = [], 0
         group.append(name)
@@ -120,9 +129,11 @@ class Sums:
         return torch.where(seen[:, None], solved, self.mean)
 
 
-def grams(experts: Experts, model: int, names: Iterable[str], positions: int, seed: int) -> dict[str, torch.Tensor]:
-    """X^T X of layers by name, of what they see when one model runs on all patches. Each layer takes at most
-    `positions` of its output voxels of every patch, drawn at random."""
+def grams(experts: Experts, model: int, names: Iterable[str], positions: int, rows_each: int,
+          seed: int) -> dict[str, torch.Tensor]:
+    """X^T X of layers by name, of what they see when one model runs on all patches. Each layer takes some of its output
+    voxels of every patch, drawn at random: at most `positions`, and of all patches `rows_each` for each of its inputs,
+    or FEWEST. More tell it nothing new and cost more than the network."""
     network = experts.network(model)
     modules = module_weights(network)
     generator = torch.Generator().manual_seed(seed)
@@ -132,8 +143,10 @@ def grams(experts: Experts, model: int, names: Iterable[str], positions: int, se
         size = len(as_matrix(layer.weight, layer))
         gram = found[name] = torch.zeros(size, size, device=experts.device)
 
+        most = min(positions, math.ceil(max(rows_each * size, FEWEST) / len(experts.patches)))
+
         def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            rows = input_rows(cast(Convolution, layer), inputs[0], positions, generator)
+            rows = input_rows(cast(Convolution, layer), inputs[0], most, generator)
             gram.addmm_(rows.T, rows)
         layer.register_forward_pre_hook(hook)
 

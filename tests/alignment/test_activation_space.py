@@ -1,5 +1,5 @@
 """Correlations of activations against numpy.corrcoef of what ordinary hooks on the modules see."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import torch
 from permuted import canonical, network_of, plans_of, spec_of, tensors_of
 from torch import nn
 
-from nnunet_transplant.alignment.activation_space import CHUNK, Moments, activation_similarity
-from nnunet_transplant.alignment.graph import exported
+from nnunet_transplant.alignment.activation_space import VOXELS, Moments, activation_similarity, some
+from nnunet_transplant.alignment.graph import Run, exported
 
 # Which modules' outputs show the units of each group, after the nonlinearity; of a residual stream every output that
 # other layers read; of a transposed convolution what it makes, which meets no nonlinearity of its own.
@@ -77,17 +77,9 @@ def test_large_offsets_cost_no_precision(offset: float) -> None:
     rng = np.random.default_rng(0)
     moments, patches = Moments(), [random_values(4 * 20 * 25, offset + shift, rng) for shift in (0.0, 0.5, -2.0)]
     for values in patches:
-        moments.add([value.reshape(1, 4, 4, 20, 25) for value in values], 1)
+        moments.add(values)
     everything = np.concatenate([torch.cat(values).double().numpy() for values in patches], axis=1)
     np.testing.assert_allclose(moments.correlation(), np.corrcoef(everything), atol=1e-4)
-
-
-def test_units_may_lie_on_any_axis() -> None:
-    rng = np.random.default_rng(1)
-    values = random_values(30, 0.0, rng)
-    moments = Moments()
-    moments.add([value.T.reshape(1, 30, 4) for value in values], 2)  # tokens
-    np.testing.assert_allclose(moments.correlation(), np.corrcoef(torch.cat(values).double().numpy()), atol=1e-6)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, -1234.567])
@@ -97,7 +89,7 @@ def test_constant_units_are_like_nothing(level: float) -> None:
     for _ in range(3):
         values = random_values(1000, 5.0, rng)
         values[0][1], values[1][3] = level, level
-        moments.add([value[None] for value in values], 1)
+        moments.add(values)
     found = moments.correlation()
     for dead in (1, 7):
         assert not found[dead].any() and not found[:, dead].any()
@@ -109,24 +101,48 @@ def test_constant_units_are_like_nothing(level: float) -> None:
 def test_where_all_units_are_constant_nothing_is_alike() -> None:
     moments = Moments()
     for _ in range(2):
-        moments.add([torch.linspace(-3, 7.7, 4)[None, :, None].expand(1, 4, 999)] * 2, 1)
+        moments.add([torch.linspace(-3, 7.7, 4)[:, None].expand(4, 999)] * 2)
     assert not moments.correlation().any()
 
 
 def test_memory_does_not_grow_with_voxels() -> None:
-    """Two models of 4 units: sums of 8 units and of their 8 x 8 products, after one voxel or three chunks."""
+    """Two models of 4 units: sums of 8 units and of their 8 x 8 products, after one voxel or many."""
     rng = np.random.default_rng(3)
-    for voxels in (1, 10, 2 * CHUNK + 5):
+    for voxels in (1, 10, 2 * VOXELS + 5):
         moments = Moments()
         for _ in range(2):
-            moments.add([value[None] for value in random_values(voxels, 0.0, rng)], 1)
+            moments.add(random_values(voxels, 0.0, rng))
         kept = [value for value in vars(moments).values() if isinstance(value, torch.Tensor)]
         assert sum(value.untyped_storage().nbytes() // value.element_size() for value in kept) == 8 + 8 + 8 * 8
 
 
-def test_several_chunks_are_one() -> None:
+def test_of_many_voxels_some_are_taken_the_same_of_every_model() -> None:
+    """Which say nearly what all of them say. Few are taken as they are."""
     rng = np.random.default_rng(4)
-    values = random_values(2 * CHUNK + 77, 3.0, rng)
+    one, other = random_values(4 * VOXELS, 3.0, rng)
+    taken = [some(values, torch.Generator().manual_seed(7)) for values in (one, other)]
+    columns = {tuple(column): index for index, column in enumerate(one.T.tolist())}
+    places = [columns[tuple(column)] for column in taken[0].T.tolist()]
+    assert len(places) == VOXELS and len(set(places)) > 0.8 * VOXELS
+    assert torch.equal(taken[1], other[:, places])
     moments = Moments()
-    moments.add([value[None] for value in values], 1)
-    np.testing.assert_allclose(moments.correlation(), np.corrcoef(torch.cat(values).double().numpy()), atol=1e-5)
+    moments.add(taken)
+    np.testing.assert_allclose(moments.correlation(), np.corrcoef(torch.cat([one, other]).double().numpy()), atol=0.03)
+    few = one[:, :VOXELS]
+    assert torch.equal(some(few, torch.Generator()), few)
+
+
+def test_one_model_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory is that of one, however many there are."""
+    plans = plans_of("plain2d")
+    networks = [tensors_of(network_of(plans, seed=seed), canonical(plans)) for seed in range(3)]
+    program = exported(network_of(plans).to("meta"), (1, 1, 16, 16))
+    at_once: list[int] = []
+    run = Run.__call__
+
+    def watched(self: Run, networks: list, image: torch.Tensor) -> Iterator:
+        at_once.append(len(networks))
+        return run(self, networks, image)
+    monkeypatch.setattr(Run, "__call__", watched)
+    activation_similarity(spec_of(plans), program, networks, iter([torch.randn(1, 1, 16, 16)] * 2))
+    assert at_once == [1] * 6

@@ -1,4 +1,5 @@
 """RegMean against explicit matrices, and against what it promises: the least squares."""
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -110,10 +111,10 @@ def test_gram_matrices_are_of_what_the_layers_see(tmp_path: Path, volumes: Volum
     for patch in experts.patches:
         network(experts.images([patch]))
     assert len(experts.patches) > 1 and len(layers) > 5 and all(counts.values())
-    found = regmean.grams(experts, 0, layers, 10 ** 6, 0)
+    found = regmean.grams(experts, 0, layers, 10 ** 6, 10 ** 6, 0)
     for name, gram in expected.items():
         np.testing.assert_allclose(found[name].numpy(), gram, rtol=1e-4, atol=1e-4 * gram.max())
-    for name, gram in regmean.grams(experts, 0, layers, 2, 0).items():  # two rows of each patch
+    for name, gram in regmean.grams(experts, 0, layers, 2, 10 ** 6, 0).items():  # two rows of each patch
         assert 0 < int(torch.linalg.matrix_rank(gram)) <= 2 * len(experts.patches)
         assert 0 < float(gram.trace()) < float(found[name].trace())
 
@@ -134,7 +135,7 @@ def test_the_first_layer_is_the_least_squares_of_both_models(tmp_path: Path, vol
     base = base_network()
     models = [write_model(tmp_path / name, {"background": 0, name: 1}, base=base, seed=i, step=0.2)
               for i, name in enumerate("AB")]
-    recipe = Recipe("regmean", parameters={"off_diagonal": 1.0, "positions": 10 ** 6}, volumes=volumes)
+    recipe = Recipe("regmean", parameters={"off_diagonal": 1.0, "positions": 10 ** 6, "rows": 10 ** 6}, volumes=volumes)
     merged = merge_folders(models, recipe=recipe)["all"].state_dict
     average = merge_folders(models)["all"].state_dict
     first, deep = "encoder.stages.0.0.convs.0.conv.weight", "encoder.stages.2.0.convs.0.conv.weight"
@@ -189,11 +190,11 @@ def test_without_room_for_them_they_are_made_again_to_the_same_end(two: tuple[li
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all layers at once, or a layer at a time."""
     groups, recipe = two
-    recipe = replace(recipe, parameters={"positions": 10 ** 6})  # all voxels: none are drawn
+    recipe = replace(recipe, parameters={"positions": 10 ** 6, "rows": 10 ** 6})  # all voxels: none are drawn
     expected = [Merger(groups, recipe).merge(weights).state_dict for weights in ((0.5, 0.5), (0.2, 0.8))]
     layers = [name for name in groups[0][0].layout.body if len(groups[0][0].layout.shapes[name]) > 1]
     for budget, passes in ((sum(4 * size ** 2 for size in inputs_of(groups[0][0])), 1), (1, len(layers))):
-        monkeypatch.setattr(regmean, "BUDGET", budget)
+        monkeypatch.setattr(regmean, "memory_left", lambda device, budget=budget: math.ceil(budget / regmean.MEMORY))
         merger = Merger(groups, recipe)
         for weights, state in zip(((0.5, 0.5), (0.2, 0.8)), expected, strict=True):
             calls.clear()
