@@ -1,4 +1,5 @@
 """Results in a folder: what they depend on, whole or not there, and shared by merges."""
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,17 @@ def test_a_second_merge_pays_only_for_what_is_new(tmp_path: Path, nnunet_folders
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
     assert Experts.__dataclass_fields__["cache"].default is None
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["-d", "501", "-fit", "head", "-cache", "DIR"], "interrupted; what was found out is in DIR: the same command goes "
+                                                     "on from there\n"),
+    (["-d", "501", "-fit", "head"], "interrupted; with -cache DIR the same command would go on where it was\n"),
+    ([], "interrupted\n")])
+def test_an_interrupted_merge_says_what_is_kept(flags: list[str], said: str, run: Callable,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*models: object, **options: object) -> None:
+        raise KeyboardInterrupt
+    monkeypatch.setattr("nnunet_transplant.cli.merge.merge", interrupted)
+    status, _, error = run("merge", "-m", "A", "-o", "OUT", *flags)
+    assert status == 130 and error.endswith(said)

@@ -9,7 +9,7 @@ import pytest
 import SimpleITK
 import torch
 from expert_models import experts_of, experts_with, with_merged_heads
-from factory import base_network, write_model, write_volumes
+from factory import base_network, small_plans, write_model, write_volumes
 from permuted import (
     LABELS,
     assert_close,
@@ -26,7 +26,7 @@ from permuted import (
 
 from nnunet_transplant.alignment import ALIGNERS
 from nnunet_transplant.data.cases import Cases
-from nnunet_transplant.experts import Experts, has_running_statistics, running_statistics
+from nnunet_transplant.experts import SLICES, Experts, has_running_statistics, running_statistics
 from nnunet_transplant.merger import merge_folders
 from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.recipe import Recipe
@@ -35,6 +35,50 @@ from nnunet_transplant.volumes import Patch, Volumes
 PLANS = plans_of("batch2d")
 FIRST = "decoder.encoder.stages.0.0.convs.0.all_modules"
 VOLUMES = Volumes([501], 2)
+
+
+def looking(tmp_path: Path, dim: int) -> Experts:
+    """Two models that see different structures, at patches of 16 voxels an axis."""
+    plans = small_plans(dim)
+    models = [write_model(tmp_path / name, {"background": 0, name: 1}, plans=plans, seed=seed)
+              for seed, name in ((3, "Liver"), (4, "Spleen"))]
+    return experts_with(models, [])
+
+
+def seen_by(experts: Experts, model: int, image: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return (experts.network(model)(torch.from_numpy(image)[None])[0].argmax(0) > 0).numpy()
+
+
+def test_a_look_at_one_patch_is_what_the_models_say_each_in_turn(tmp_path: Path) -> None:
+    experts = looking(tmp_path, 3)
+    image = np.random.default_rng(0).normal(size=(1, 16, 16, 16)).astype(np.float32)
+    for number in range(4):
+        found = experts.see(number, image)
+        assert found.dtype == bool
+        np.testing.assert_array_equal(found, seen_by(experts, number % 2, image))
+    assert not np.array_equal(experts.see(0, image), experts.see(1, image))
+
+
+def test_a_look_at_a_large_volume_is_one_at_the_shrunk_one(tmp_path: Path) -> None:
+    """Every voxel twice along each axis: shrunk, it is the volume that it was made of. A small axis stays as it is."""
+    experts = looking(tmp_path, 3)
+    small = np.random.default_rng(1).normal(size=(1, 16, 12, 16)).astype(np.float32)
+    padded = np.pad(small, [(0, 0), (0, 0), (0, 4), (0, 0)])
+    expected = seen_by(experts, 0, padded)[:, :12]
+    large = small.repeat(2, 1).repeat(2, 3)
+    np.testing.assert_array_equal(experts.see(0, large), expected.repeat(2, 0).repeat(2, 2))
+
+
+def test_a_2d_model_looks_at_some_slices(tmp_path: Path) -> None:
+    experts = looking(tmp_path, 2)
+    volume = np.random.default_rng(2).normal(size=(1, 20, 16, 16)).astype(np.float32)
+    found = experts.see(0, volume)
+    looked = [index for index in range(20) if np.array_equal(found[index], seen_by(experts, 0, volume[:, index]))]
+    assert {0, 19} <= set(looked) and len(looked) >= SLICES
+    assert not found[[index for index in range(20) if index not in looked]].any()
+    few = volume[:, :3]
+    np.testing.assert_array_equal(experts.see(0, few), [seen_by(experts, 0, few[:, index]) for index in range(3)])
 
 
 def test_networks_are_the_models_own(tmp_path: Path, nnunet_folders: None) -> None:

@@ -1,6 +1,7 @@
 """Merging models: what nnU-Net makes of it, what is refused, and many merges of the same models."""
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunet_transplant import merger as merger_module
 from nnunet_transplant import volumes
 from nnunet_transplant.alignment import aligners
-from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.errors import TransplantError, TransplantNote
 from nnunet_transplant.fitting import head
 from nnunet_transplant.merged_model import Merged, MergedModel
 from nnunet_transplant.merger import Merger, merge_folders
@@ -341,6 +342,33 @@ def written(merged: MergedModel, folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(("recipe", "passes"), [
+    (Recipe(fit=["head"]), 3 * 2), (Recipe("fisher", fit=["head"]), 3 * 2 * 2 + 3 * 2),
+    (Recipe(fit=["polish"], parameters={"steps": 7}), 7 * 2 * (2 + 3)), (Recipe(align="activation"), 1.3 * 2 * 2)])
+def test_what_looking_costs_is_said_before(tasks: list[Path], raw: Path, recipe: Recipe, passes: float,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forward passes of two models over two patches, in batches of two; and nothing of what takes no time."""
+    groups = [open_models(path) for path in tasks[:2]]
+    recipe = Recipe(recipe.method, align=recipe.align, fit=recipe.fit, parameters=recipe.parameters,
+                    volumes=Volumes([501], 2, n_patches=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Merger(groups, recipe, progress=True)
+    monkeypatch.setattr(merger_module, "WORTH_SAYING", 0.0)
+    with pytest.warns(TransplantNote, match=rf"^2 patches of 16x16x16 voxels, about {passes:.0f} passes of a network: "
+                                            r"about \d+ seconds on cpu\. Fewer patches \(-n_patches\) or a GPU"):
+        Merger(groups, recipe, progress=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Merger(groups, recipe)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(21.4, "21 seconds"), (100, "2 minutes"), (3000, "50 minutes"),
+                                                (7200, "2.0 hours")])
+def test_durations_are_words(seconds: float, words: str) -> None:
+    assert merger_module.in_words(seconds) == words
+
+
 @pytest.mark.parametrize("name", MANY)
 def test_many_merges_of_one_merger_are_as_fresh_ones(tmp_path: Path, tasks: list[Path], raw: Path, name: str) -> None:
     recipe, turns = MANY[name]
@@ -380,13 +408,13 @@ def count(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
 def test_what_depends_on_no_weights_is_done_once(tasks: list[Path], raw: Path, monkeypatch: pytest.MonkeyPatch,
                                                  align: str) -> None:
     calls = {name: count(monkeypatch, module, name) for module, name in (
-        (volumes, "preprocessed"), (merger_module, "file_sha256"), (aligners, "match"), (aligners, "derive"),
+        (volumes, "preprocess"), (merger_module, "file_sha256"), (aligners, "match"), (aligners, "derive"),
         (aligners, "activation_similarity"), (head, "ensemble_logits"))}
     merger = Merger([open_models(task) for task in tasks], Recipe(align=align, volumes=VOLUMES, fit=["head"]))
     for share in (0.1, 0.3, 0.5, 0.9):
         merger.merge([share, 1 - share])
         merger.tensors([1 - share, share])
-    expected = {"preprocessed": 1, "file_sha256": len(tasks), "match": 1, "derive": 1,
+    expected = {"preprocess": 1, "file_sha256": len(tasks), "match": 1, "derive": 1,
                 "activation_similarity": int(align != "rebasin"), "ensemble_logits": 1}
     assert {name: len(made) for name, made in calls.items()} == expected
     merger.merge([0.1, 0.9], to="mean")
@@ -395,7 +423,7 @@ def test_what_depends_on_no_weights_is_done_once(tasks: list[Path], raw: Path, m
     merger.merge(None, to="mean", positions=50)  # the head looks at other voxels, the units are the same
     assert len(calls["match"]) == 2
     assert len(calls["ensemble_logits"]) == 2
-    for name in ("preprocessed", "file_sha256", "derive", "activation_similarity"):
+    for name in ("preprocess", "file_sha256", "derive", "activation_similarity"):
         assert len(calls[name]) == expected[name]
 
 

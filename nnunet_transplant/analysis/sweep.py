@@ -39,7 +39,7 @@ from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.record import recipe_file
 from nnunet_transplant.tables import aligned_lines
 from nnunet_transplant.targets import Target, name_targets
-from nnunet_transplant.volumes import Volumes
+from nnunet_transplant.volumes import N_PATCHES, Volumes
 
 SUMMARY, RECIPE, CSV, TABLE, FIGURE = "sweep.json", "recipe.json", "sweep.csv", "table.txt", "sweep.png"
 FRONT_CSV, FRONT_FIGURE = "pareto.csv", "pareto.png"
@@ -100,7 +100,8 @@ class Plan:
 
 def sweep(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0", *, output: Path | str,
           plan: Plan = Plan(), recipe: Recipe = ARITHMETIC, base: Path | str | None = None,
-          cases: str | None = None, n_cases: int | None = None, checkpoint_name: str = CHECKPOINT,
+          cases: str | None = None, n_cases: int | None = None, n_patches: int | None = None,
+          cache: Path | str | None = None, checkpoint_name: str = CHECKPOINT,
           device: str = AUTO, step_size: float = 0.5, mirroring: bool = False, trust: bool = False,
           overwrite: bool = False, progress: bool = False) -> dict[str, Any]:
     """Search the coefficients with which trained models merge best, and write what was found to a folder.
@@ -111,7 +112,8 @@ def sweep(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0
         structure is an objective. Unless the plan names another storage, every evaluation is stored in its study.log
         as it comes: called again, the sweep goes on from there. overwrite starts anew.
     recipe: of every merge, but for its weights and for what is searched; where a step looks at volumes and the recipe
-        names none, those that the fold trains on. base: theta_0, as `merge_folders` takes it.
+        names none, n_patches (32) of those that the fold trains on. cache: as `merging.merge` has it.
+    base: theta_0, as `merge_folders` takes it.
     mirroring: at test time; takes up to eight times as long.
 
     Returns the content of sweep.json. Raises TransplantError for what a user can mend.
@@ -135,11 +137,12 @@ def sweep(models: Sequence[Path | str], dataset: str | int, fold: str | int = "0
         raise TransplantError("-sampler cmaes needs at least two numbers to search: use -sampler tpe")
     scored = evaluation_cases(dataset, fold, cases, n_cases)
     if recipe.looking and recipe.volumes is None:
-        recipe = replace(recipe, volumes=_volumes(dataset, fold, cases))
+        recipe = replace(recipe, volumes=_volumes(dataset, fold, cases, n_patches))
     use_our_trainers()
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
     groups = [open_models(path, None, checkpoint_name, trust, theta_0) for path in models]
-    merger = Merger(groups, replace(recipe, weights=space.weights(space.default)), theta_0, base, target_device)
+    merger = Merger(groups, replace(recipe, weights=space.weights(space.default)), theta_0, base, target_device,
+                    cache=cache)
     network = MergedNetwork(merger, target_device, step_size, mirroring)
     job = _open_job(network, space, scored, plan, groups[0][0], progress)
 
@@ -173,12 +176,13 @@ def _check_output(output: Path, models: Sequence[Path | str], overwrite: bool) -
     check_output(output, models, overwrite or (output / marker).is_file(), marker, "an earlier sweep")
 
 
-def _volumes(dataset: str | int, fold: str | int, cases: str | None) -> Volumes:
+def _volumes(dataset: str | int, fold: str | int, cases: str | None, n_patches: int | None = None) -> Volumes:
     """For merges that look at volumes, those that the fold trains on: never those they are scored on."""
     if cases is not None or str(fold) == "all":
         raise TransplantError("this merge looks at volumes, and nobody says which are not those it is scored on: give "
                               "-f the number of a fold, without -cases")
-    return Volumes([dataset], cases=f"train:{int(fold)}")
+    most = N_PATCHES if n_patches is None else n_patches
+    return Volumes([dataset], cases=f"train:{int(fold)}", n_patches=most)
 
 
 def _names(groups: Sequence[Sequence[TrainedModel]], models: Sequence[Path | str]) -> list[str]:
@@ -263,7 +267,7 @@ def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Pat
     failed = sum("failure" in trial.user_attrs for trial in trials)
     notes = [*job.notes, *([f"note: {failed} of {len(trials)} merges have no usable logits and count as Dice 0"]
                            if failed else [])]
-    seconds = [_seconds(trial) for trial in trials]
+    seconds = [trial.duration.total_seconds() for trial in trials if trial.duration is not None]
 
     def described(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         weights, parameters = job.space.weights(trial.params), job.space.parameters(trial.params)
@@ -286,10 +290,6 @@ def _result(study: optuna.Study, job: _Job, plan: Plan, models: Mapping[str, Pat
         "versions": versions("optuna")}
 
 
-def _seconds(trial: optuna.trial.FrozenTrial) -> float:
-    return 0.0 if trial.duration is None else trial.duration.total_seconds()
-
-
 def _with_mean(dice: Mapping[str, float]) -> dict[str, float | None]:
     """None for NaN, which JSON does not have."""
     known = [value for value in dice.values() if not np.isnan(value)]
@@ -306,7 +306,8 @@ def trials_table(study: optuna.Study, space: Space) -> pd.DataFrame:
         rows.append({"trial": trial.number, **{f"w_{i}": weight for i, weight in enumerate(weights, 1)},
                      **space.parameters(trial.params),
                      **{f"dice_{name}": dice for name, dice in trial.user_attrs["dice"].items()},
-                     "dice_mean": trial_dice(trial), "seconds": _seconds(trial),
+                     "dice_mean": trial_dice(trial),
+                     "seconds": trial.duration.total_seconds() if trial.duration else None,
                      "failure": trial.user_attrs.get("failure", "")})
     return pd.DataFrame(rows)
 

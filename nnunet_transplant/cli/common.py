@@ -80,7 +80,7 @@ def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namesp
     except (TransplantError, OSError) as error:
         _exit(f"{parser.prog}: error: {error}", 1)
     except KeyboardInterrupt:
-        _exit(f"{parser.prog}: interrupted", 130)
+        _exit(f"{parser.prog}: interrupted{_left_behind(args)}", 130)
 
 
 @contextmanager
@@ -103,6 +103,15 @@ def _show(otherwise: Callable[..., None]) -> Callable[..., None]:
             shown.add(str(message))
             print(f"note: {message}", file=sys.stderr)
     return show
+
+
+def _left_behind(args: argparse.Namespace) -> str:
+    """What of an interrupted merge that looks at volumes is kept, or could have been."""
+    if "cache" not in args or not args.d:
+        return ""
+    if args.cache is None:
+        return "; with -cache DIR the same command would go on where it was"
+    return f"; what was found out is in {args.cache}: the same command goes on from there"
 
 
 def _exit(message: str, status: int) -> NoReturn:

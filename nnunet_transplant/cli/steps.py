@@ -46,11 +46,15 @@ def add_volume_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("-cases", metavar="FILE|train:K|val:K", help="out of these cases; default all")
     group.add_argument("-n_cases", type=int, metavar="N",
                        help=f"so many volumes of each, spread evenly; default {N_CASES}")
+    add_patch_budget(group)
+
+
+def add_patch_budget(group: argparse._ActionsContainer) -> None:
     group.add_argument("-n_patches", type=int, metavar="N",
-                       help=f"so many patches of all of them together, which is what the time depends on; default "
+                       help="so many patches of all volumes together, which is what the time depends on; default "
                             f"{N_PATCHES}")
-    group.add_argument("-cache", type=Path, metavar="DIR", help="keep here what looking at volumes found out: "
-                       "a merge with another method or fit, or one that was interrupted, goes on from there")
+    group.add_argument("-cache", type=Path, metavar="DIR", help="keep here what looking at volumes found out: a merge "
+                       "with another method or fit, or one that was interrupted, goes on from there")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from nnunet_transplant.cli.common import (
     command_parser,
     run_command,
 )
-from nnunet_transplant.cli.steps import add_step_arguments, add_step_options, help_of_steps, options_of
+from nnunet_transplant.cli.steps import (
+    add_patch_budget,
+    add_step_arguments,
+    add_step_options,
+    help_of_steps,
+    options_of,
+)
 from nnunet_transplant.recipe import Recipe
 
 METHOD = "task_arithmetic"
@@ -63,6 +69,7 @@ def main() -> None:
                                                "model folder, checkpoint or theta_0 file")
     more.add_argument("--same_channels", action="store_true", help="merge models whose image channels are called "
                       "differently: you know that they are the same")
+    add_patch_budget(more)
     add_checkpoint_arguments(more)
     add_step_options(parser)
     help_of_steps(parser)
@@ -84,7 +91,8 @@ def run(args: Namespace) -> None:
     recipe = Recipe(args.method or METHOD, None, options_of(args), args.align, args.fit or (),
                     same_channels=args.same_channels)
     sweep(args.m, args.d, args.f, output=args.o, plan=plan, recipe=recipe, base=args.base, cases=args.cases,
-          n_cases=args.n_cases, checkpoint_name=args.chk, device=args.device, step_size=args.step_size,
-          mirroring=args.tta, trust=args.trust_checkpoints, overwrite=args.overwrite, progress=True)
+          n_cases=args.n_cases, n_patches=args.n_patches, cache=args.cache, checkpoint_name=args.chk,
+          device=args.device, step_size=args.step_size, mirroring=args.tta, trust=args.trust_checkpoints,
+          overwrite=args.overwrite, progress=True)
     print((args.o / TABLE).read_text(encoding="utf-8"))
     print(f"wrote {args.o}\nmerge with the best: nnunet_transplant_merge -recipe {args.o / RECIPE} -o MERGED")

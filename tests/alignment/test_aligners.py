@@ -31,6 +31,7 @@ from permuted import (
 from nnunet_transplant import merging
 from nnunet_transplant import volumes as reading
 from nnunet_transplant.alignment import ALIGNERS, aligners
+from nnunet_transplant.data.cases import Cases
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merged_model import MergedModel
 from nnunet_transplant.merger import Merger, merge_folders
@@ -60,7 +61,7 @@ def traced_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("derive", "exported"):
             patch.setattr(aligners, name, once(getattr(aligners, name)))
-        patch.setattr(reading, "preprocessed", read_once(reading.preprocessed))
+        patch.setattr(reading, "preprocess", read_once(reading.preprocess))
         yield
 
 
@@ -78,10 +79,10 @@ def once(function: Callable) -> Callable:
 def read_once(function: Callable) -> Callable:
     known: dict[str, list] = {}
 
-    def remember(volumes: Volumes, model: TrainedModel) -> list:
-        key = f"{volumes} {model.plans}"
+    def remember(datasets: Sequence[Cases], model: TrainedModel) -> list:
+        key = f"{datasets} {model.plans}"
         if key not in known:
-            known[key] = list(function(volumes, model))
+            known[key] = list(function(datasets, model))
         return known[key]
     return remember
 

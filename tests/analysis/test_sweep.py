@@ -25,7 +25,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures import sweep as drawing
 from nnunet_transplant.merger import Merger, merge_folders
 from nnunet_transplant.recipe import Recipe
-from nnunet_transplant.volumes import N_CASES, Volumes
+from nnunet_transplant.volumes import N_CASES, N_PATCHES, Volumes
 
 DATASET = "Dataset700_Small"
 LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
@@ -240,7 +240,8 @@ def test_a_method_that_looks_at_volumes_sees_other_cases(dataset: Path, models: 
     fisher = Recipe("fisher")
     found = run(models, tmp_path / "out", Plan(trials=1), recipe=fisher)
     assert found["best"]["weights"] == [0.5, 0.5] and found["recipe"]["parameters"]["fisher.seed"] == 0
-    assert found["recipe"]["volumes"] == {"datasets": [DATASET], "cases": "train:0", "n_cases": N_CASES}
+    assert found["recipe"]["volumes"] == {"datasets": [DATASET], "cases": "train:0", "n_cases": N_CASES,
+                                            "n_patches": N_PATCHES}
     assert sweeps._volumes(DATASET, "0", None).cases == "train:0"
     for change in ({"fold": "all"}, {"cases": "val:0"}):
         with pytest.raises(TransplantError, match="not those it is scored on: give -f the number of a fold"):

@@ -27,7 +27,7 @@ def batch_normed(dim: int) -> dict:
 @pytest.fixture
 def volumes(tmp_path: Path, nnunet_folders: None) -> Volumes:
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS)
-    return Volumes([501], 2)
+    return Volumes([501], 2, n_patches=1000)  # all: the experts of these tests choose none
 
 
 def opened(path: Path) -> TrainedModel:
