@@ -59,19 +59,16 @@ class TaskVectors:
         base = None if self.base is None else part(self.base)
         return Tensors(name, base, [part(theta) for theta in self.thetas], self.weights, start)
 
+    def blocks(self) -> Iterator[Tensors]:
+        """Every entry of every tensor, so many at a time that they stay in the cache."""
+        for name, tensor in self.thetas[0].items():
+            for start, stop in blocks(tensor.numel()):
+                yield self.block(name, start, stop)
+
     def tau(self, model: int) -> Iterator[torch.Tensor]:
         """The task vector of one model, tensor by tensor."""
         for name, theta in self.thetas[model].items():
             yield theta.float() - self.theta_0[name].float()
-
-    def flat_tau(self, model: int) -> np.ndarray:
-        """The task vector of one model as one vector of all its entries, float32."""
-        vector = np.empty(sum(tensor.numel() for tensor in self.thetas[model].values()), np.float32)
-        start = 0
-        for tau in self.tau(model):
-            vector[start:start + tau.numel()] = tau.reshape(-1).numpy()
-            start += tau.numel()
-        return vector
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -102,7 +99,7 @@ def blocks(size: int) -> Iterator[tuple[int, int]]:
 
 def kth_largest(values: np.ndarray, k: int) -> float:
     """The k-th largest of a vector's entries, exactly; 0 where there are none."""
-    return _kth_largest(lambda: (values[start:stop] for start, stop in blocks(values.size)), values.size, k)
+    return kth_largest_of_parts(lambda: (values[start:stop] for start, stop in blocks(values.size)), values.size, k)
 
 
 def kth_largest_magnitude(vectors: TaskVectors, model: int, k: int) -> float:
@@ -114,11 +111,12 @@ def kth_largest_magnitude(vectors: TaskVectors, model: int, k: int) -> float:
         for base, tensor in zip(theta_0, theta, strict=True):
             for start, stop in blocks(tensor.numel()):
                 yield (tensor[start:stop].float() - base[start:stop].float()).abs_().numpy()
-    return _kth_largest(magnitudes, sum(tensor.numel() for tensor in theta), k)
+    return kth_largest_of_parts(magnitudes, sum(tensor.numel() for tensor in theta), k)
 
 
-def _kth_largest(parts: Callable[[], Iterator[np.ndarray]], size: int, k: int) -> float:
-    """Of long vectors every 64th entry finds an interval that holds the k-th largest, and only the entries inside it
+def kth_largest_of_parts(parts: Callable[[], Iterator[np.ndarray]], size: int, k: int) -> float:
+    """The k-th largest of `size` entries that come in parts, exactly; the parts are asked for several times. Of long
+    vectors every 64th entry finds an interval that holds the k-th largest, and only the entries inside it
     are sorted; if it does not hold it after all, everything is."""
     if size == 0:
         return 0.0

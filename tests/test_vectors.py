@@ -24,6 +24,11 @@ KINDS = ["normal", "constant", "zeros", "few values", "mostly zero", "heavy tail
          "reversed", "sample of the smallest", "sample of the largest", "sample of one value"]
 
 
+def flat(vectors: TaskVectors, model: int) -> np.ndarray:
+    """A whole task vector, float32."""
+    return np.concatenate([tau.reshape(-1).numpy() for tau in vectors.tau(model)])
+
+
 def vector(kind: str) -> np.ndarray:
     rng = np.random.default_rng(0)
     values = {
@@ -62,7 +67,7 @@ def test_kth_largest_magnitude_of_long_task_vectors(kind: str, dtype: torch.dtyp
     parts = torch.from_numpy(vector(kind)).to(dtype).split([int(np.prod(shape)) for shape in shapes])
     theta = {str(index): part.reshape(shape) for index, (part, shape) in enumerate(zip(parts, shapes, strict=True))}
     vectors = TaskVectors({name: torch.ones_like(tensor) for name, tensor in theta.items()}, [theta], [1.0])
-    descending = np.sort(abs(vectors.flat_tau(0)))[::-1]
+    descending = np.sort(abs(flat(vectors, 0)))[::-1]
     for k in RANKS:
         assert kth_largest_magnitude(vectors, 0, k) == descending[k - 1]
 
@@ -113,12 +118,12 @@ def test_task_vectors_are_differences_in_float32(dtype: torch.dtype) -> None:
     theta_0, thetas = ([{name: tensor.to(dtype) for name, tensor in network.items()} for network in group]
                        for group in ([networks(2)[0]], networks(2)[1]))
     vectors = TaskVectors(theta_0[0], thetas, [1.0, 1.0])
-    flat = [vectors.flat_tau(model) for model in (0, 1)]
-    assert all(each.dtype == np.float32 for each in flat)
     for model, theta in enumerate(thetas):
         expected = [theta[name].float() - theta_0[0][name].float() for name in vectors.names]
         assert all(map(torch.equal, vectors.tau(model), expected))
-        np.testing.assert_array_equal(flat[model], torch.cat([each.reshape(-1) for each in expected]).numpy())
+        whole = [block.taus[model] for block in vectors.blocks()]
+        assert all(part.dtype == torch.float32 for part in whole)
+        assert torch.equal(torch.cat(whole), torch.cat([each.reshape(-1) for each in expected]))
         for name, tau in zip(vectors.names, expected, strict=True):
             assert torch.equal(vectors.block(name).taus[model], tau)
             block = vectors.block(name, 1, 4)

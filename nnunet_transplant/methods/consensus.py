@@ -1,5 +1,5 @@
 """Methods that weigh, entry by entry, what the tasks say about it: TALL masks, MagMax, competition balancing."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import numpy as np
@@ -16,7 +16,8 @@ from nnunet_transplant.vectors import (
     at_least,
     in_parallel,
     kept,
-    kth_largest,
+    kth_largest_magnitude,
+    kth_largest_of_parts,
     where_one,
 )
 
@@ -57,19 +58,21 @@ def magmax(tensors: Tensors, lambda_: Lambda = 1.0) -> torch.Tensor:
 
 def competition(vectors: TaskVectors, density: float) -> list[tuple[float, float, float, float]]:
     """For each model, over its whole task vector: the bounds that its magnitudes are clipped to (the 0.01 % smallest
-    and largest), the smallest score that is kept and the largest score."""
-    models = range(len(vectors.thetas))
-    total = np.zeros(sum(tensor.numel() for tensor in vectors.thetas[0].values()), np.float32)
-    for model in models:
-        total += vectors.flat_tau(model)
+    and largest), the smallest score that is kept and the largest score. Block by block: no whole vector is in memory.
+    """
+    count = len(vectors.thetas)
+    size = sum(tensor.numel() for tensor in vectors.thetas[0].values())
+    few = round(CLIPPED * size)
 
     def of_model(model: int) -> tuple[float, float, float, float]:
-        tau = torch.from_numpy(vectors.flat_tau(model))
-        magnitudes, few = tau.abs().numpy(), round(CLIPPED * tau.numel())
-        low, high = kth_largest(magnitudes, magnitudes.size - few), kth_largest(magnitudes, 1 + few)
-        scores = score(tau, torch.from_numpy(total), low, high, len(models)).numpy()
-        return low, high, kth_largest(scores, kept(density, scores.size)), float(scores.max(initial=-np.inf))
-    return list(in_parallel(of_model, models))
+        low, high = (kth_largest_magnitude(vectors, model, k) for k in (size - few, 1 + few))
+
+        def scores() -> Iterator[np.ndarray]:
+            for block in vectors.blocks():
+                yield score(block.taus[model], added_up(block.taus), low, high, count).reshape(-1).numpy()
+        smallest = kth_largest_of_parts(scores, size, kept(density, size))
+        return low, high, smallest, max((float(part.max(initial=-np.inf)) for part in scores()), default=-np.inf)
+    return list(in_parallel(of_model, range(count)))
 
 
 def score(tau: torch.Tensor, total: torch.Tensor, low: float, high: float, models: int) -> torch.Tensor:
