@@ -87,7 +87,7 @@ def measure(models: list[TrainedModel], joint: TrainedModel, seeds: int) -> pd.D
     """joint: the model of all training cases."""
     weights_of_folds = [1 / len(models)] * len(models)
     experts = Experts(models, [model.tensors() for model in models], join(models, weights_of_folds), models[0].trainer,
-                      open_patches(Volumes([4], 6, f"train:{ALL}"), models[0]))
+                      open_patches(Volumes([4], 6, f"train:{ALL}", n_patches=1000), models[0]))
     score = scorer(models)
     lessons = lessons_of(experts)
     rows: dict[str, list[float]] = {}

@@ -36,7 +36,7 @@ def merge_and_score(run: Steps, experts: Sequence[Path], others: Mapping[str, Pa
         merged[name] = run.work / "methods" / name
         command = f"nnunet_transplant_merge -m {models} -f {fold} -o {merged[name]} {flags(recipe)}"
         if recipe.looking:
-            command += f" -d {dataset} -cases train:{fold} -n_cases {N_CASES} -device {device}"
+            command += f" -d {dataset} -cases train:{fold} -n_cases {N_CASES} -n_patches 1000 -device {device}"
         run(merged[name], command)
     tables = []
     for name, model in {**others, **merged}.items():  # one by one: an interrupted run goes on

@@ -28,8 +28,8 @@ from nnunet_transplant.model_folder import TrainedModel, open_models
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.volumes import IGNORED, Volumes, open_patches
 
-LOOK = Volumes([4], 6, f"train:{ALL}")
-TEST = Volumes([4], 40, f"val:{ALL}")
+LOOK = Volumes([4], 6, f"train:{ALL}", n_patches=1000)  # all patches of them
+TEST = Volumes([4], 40, f"val:{ALL}", n_patches=1000)
 TRIED = {"average": Recipe(), **ALIGNED}
 BARRIERS = ("not aligned", "rebasin", "activation_align", "mudsc_align")
 

@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     models = [model for path in args.checkpoints for model in open_models(path)]
     whole = Merger([[model] for model in models]).merge()  # for everything but its weights
-    first, volumes = models[0], Volumes([args.dataset], args.n_cases, args.cases)
+    first, volumes = models[0], Volumes([args.dataset], args.n_cases, args.cases, n_patches=1000)
     experts = Experts(models, [model.tensors() for model in models], join(models, [1 / len(models)] * len(models)),
                       whole.trainer, open_patches(volumes, first, progress=True), torch_device(args.device),
                       progress=True)

@@ -55,6 +55,7 @@ from transplant_tables import (
 TABLES = ("bases", "merges", "bases with new heads", "maps", "pairs", "rank correlations")
 # the method with default weights; that of a search, and what it searches beside weights (those of ties are only ratios)
 METHODS = {"average": ("task_arithmetic", ""), "ties": ("ties", " -search lambda=0:2")}
+EVERY = 1000  # patches: all that cover the volumes
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Experiment:
         """All merges with default weights, scored beside the experts and the base; and the same with the head fitted to
         what the experts say of a few volumes, without labels, which is not the papers'."""
         head = (f" -fit head -d {self.setting.whole} -cases train:{TEST} -n_cases {self.scale.search_cases} "
-                f"-device {self.device}")
+                f"-n_patches {EVERY} -device {self.device}")
         for kind, options in (("default", ""), ("fitted", head)):
             models = [*family.experts.values()] if kind == "default" else []
             for tasks in self.setting.merges:
@@ -150,7 +151,7 @@ class Experiment:
     def _sweep(self, family: Family, tasks: Sequence[str], output: Path, options: str) -> None:
         self.run(output / "recipe.json",
                  f"nnunet_transplant_sweep -m {family.models(tasks)} -d {self.setting.whole} -f {SEARCH} -tune 1 "
-                 f"-n_cases {self.scale.search_cases} -device {self.device} -o {output} {options}")
+                 f"-n_cases {self.scale.search_cases} -n_patches {EVERY} -device {self.device} -o {output} {options}")
 
     def heads_only(self, family: Family) -> None:
         """The base as it is with new heads, merged: what merging is to beat."""

@@ -42,7 +42,7 @@ def main() -> None:
     models = [open_models(path, [args.f])[0] for path in args.m]
     weights = [1 / len(models)] * len(models)
     tensors = [model.tensors() for model in models]
-    volumes = Volumes([args.d], args.n_cases, args.cases)
+    volumes = Volumes([args.d], args.n_cases, args.cases, n_patches=1000)
     experts = Experts(models, tensors, join(models, weights), models[0].trainer, open_patches(volumes, models[0]),
                       device)
     body = [{name: theta[name] for name in models[0].layout.body} for theta in tensors]
