@@ -1,12 +1,16 @@
-"""Where networks run: which device, how much memory it has left, how many threads."""
+"""Where networks run: which device, in which precision, how much memory it has left, how many threads."""
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.errors import TransplantError, note, out_of_memory
 from nnunet_transplant.steps import did_you_mean
+
+T = TypeVar("T")
 
 AUTO = "auto"
 _THERE: dict[str, Callable[[], bool]] = {  # in the order in which auto takes them
@@ -23,6 +27,57 @@ def torch_device(name: str = AUTO) -> torch.device:
     if not _THERE[name]():
         raise TransplantError(f"this machine has no {name} device: leave out -device, or choose cpu")
     return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision: float32, but on GPUs. What networks say is half precision there, as nnU-Net predicts. Half precision rounds
+# small gradients to 0: where these count it is bfloat16, which has the range of float32.
+
+FORWARD = {"cuda": torch.float16}
+GRADIENTS = {"cuda": torch.bfloat16}
+
+
+@contextmanager
+def forward_only(device: torch.device) -> Iterator[None]:
+    """For passes without gradients."""
+    with torch.no_grad(), _autocast(device, FORWARD):
+        yield
+
+
+def with_gradients(device: torch.device) -> AbstractContextManager:
+    """For the forward pass of a step or of a Fisher matrix; the loss is better outside, in float32."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return nullcontext()
+    return _autocast(device, GRADIENTS)
+
+
+def _autocast(device: torch.device, types: dict[str, torch.dtype]) -> AbstractContextManager:
+    return torch.autocast(device.type, types[device.type]) if device.type in types else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+class BatchSize:
+    """How many patches pass a network at a time: as many as were planned, and fewer where memory runs out."""
+
+    def __init__(self, planned: int, device: torch.device) -> None:
+        self.size, self.device = planned, device
+
+    def run(self, work: Callable[[int], T]) -> T:
+        """work(size), from its start again with half the size where it runs out of memory. Raises what work raises,
+        where single patches do not fit either."""
+        while True:
+            try:
+                return work(self.size)
+            except Exception as error:
+                if self.size == 1 or not out_of_memory(error):
+                    raise
+            # not above: the error holds the frames that hold the tensors
+            self.size = (self.size + 1) // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            note(f"memory ran out on {self.device.type}: {self.size} patches pass the network at a time")
 
 
 def threads_of_nnunet(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from nnunet_transplant.device import forward_only
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.heads import JoinedHeads, head_rows
 from nnunet_transplant.vectors import added_up
@@ -22,8 +23,8 @@ class Teacher:
         """The logits (patches, rows, *patch_size), in half precision: of models with the same labels the mean, as
         nnU-Net's ensemble; of tasks their scores joined as their heads are."""
         images = self.experts.images(patches)
-        with torch.no_grad():
-            return added_up(part_of(network(images), self.experts.joined, model, len(self.networks))
+        with forward_only(self.experts.device):
+            return added_up(part_of(network(images).float(), self.experts.joined, model, len(self.networks))
                             for model, network in enumerate(self.networks)).half()
 
 
@@ -62,7 +63,7 @@ def agreement(experts: Experts, network: nn.Module, targets: Sequence[torch.Tens
     nothing counts."""
     rows = list(head_rows(experts.plans, experts.dataset_json).values())
     both = sizes = torch.zeros(len(rows), dtype=torch.int64)
-    with torch.no_grad():
+    with forward_only(experts.device):
         for patch, target in zip(experts.patches, targets, strict=True):
             found = labels_of(network(experts.images([patch])), experts.regions)[0].cpu()
             if experts.regions:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from nnunet_transplant.architecture import Network, build_network, canonical_names
 from nnunet_transplant.cache import Cache
 from nnunet_transplant.checkpoint import tensors_sha256
+from nnunet_transplant.device import BatchSize, forward_only
 from nnunet_transplant.heads import JoinedHeads, join_head, merged_dataset_json, scaled_to_one
 from nnunet_transplant.labels import has_regions
 from nnunet_transplant.model_folder import TrainedModel
@@ -149,7 +150,7 @@ class Experts:
                                           mode="bilinear" if flat else "trilinear")
         room = [most - length for most, length in zip(size, small.shape[2:], strict=True)]
         padded = nn.functional.pad(small, [pad for length in reversed(room) for pad in (0, length)])
-        with torch.no_grad():
+        with forward_only(self.device):
             logits = self.network(model)(padded.to(self.device))
         regions = has_regions(self.models[model].dataset_json["labels"])
         there = (logits > 0).any(1) if regions else logits.argmax(1) > 0
@@ -176,9 +177,13 @@ def has_running_statistics(names: Iterable[str]) -> bool:
 def running_statistics(experts: Experts, network: nn.Module) -> dict[str, torch.Tensor]:
     """The running means and variances of a network on the experts' patches, by canonical name."""
     count = len(experts.patches)
-    parts = math.ceil(count / experts.configuration.batch_size)  # as equal as can be: every batch counts the same
-    batches = [experts.patches[part * count // parts:(part + 1) * count // parts] for part in range(parts)]
-    update_bn((experts.images(batch) for batch in experts.bar(batches, "running statistics")), network)
+
+    def run(size: int) -> None:
+        parts = math.ceil(count / size)  # as equal as can be: every batch counts the same
+        batches = [experts.patches[part * count // parts:(part + 1) * count // parts] for part in range(parts)]
+        update_bn((experts.images(batch) for batch in experts.bar(batches, "running statistics")), network)
+
+    BatchSize(experts.configuration.batch_size, experts.device).run(run)
     canonical = canonical_names(network)
     return {canonical[name]: buffer.detach().cpu().clone() for name, buffer in network.named_buffers()
             if name.rpartition(".")[2] in ("running_mean", "running_var")}

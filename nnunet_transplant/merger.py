@@ -11,6 +11,7 @@ import torch
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import Network, changes_network
 from nnunet_transplant.cache import Cache
+from nnunet_transplant.device import forward_only
 from nnunet_transplant.errors import TransplantError, note
 from nnunet_transplant.experts import Experts, has_running_statistics, running_statistics
 from nnunet_transplant.files import file_sha256
@@ -23,7 +24,7 @@ from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.stages import matching, scales
 from nnunet_transplant.vectors import Tensors, in_parallel
-from nnunet_transplant.volumes import open_patches
+from nnunet_transplant.volumes import Volumes, open_patches
 
 SAME_BASE_COSINE = 0.5  # fine-tuned siblings lie above 0.9, independently trained networks near 0
 AVERAGE = Recipe()
@@ -108,19 +109,25 @@ class Merger:
         self._experts = Experts(self.models, [model.tensors() for model in self.models], joined, trainer,
                                 device=torch.device(device), shared=shared, progress=progress,
                                 cache=None if cache is None else Cache(cache))
+        self._labelled = False
         if recipe.volumes is not None:
-            patches = open_patches(recipe.volumes, self.models[0], self._experts.see, progress)
-            self._experts = replace(self._experts, patches=patches)
+            self._read(recipe.volumes, recipe.reads_labels)
             if progress:
                 self._say_cost()
         self._aligned: _Aligned | None = None  # the last
+
+    def _read(self, volumes: Volumes, labels: bool) -> None:
+        if self._experts.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # as nnU-Net: all patches have one size
+        patches = open_patches(volumes, self.models[0], self._experts.see, self.progress, labels)
+        self._experts, self._labelled = replace(self._experts, patches=patches), labels
 
     def _say_cost(self) -> None:
         """How long looking at the volumes takes, from one forward pass, and what makes it less."""
         settings, experts = self.recipe.settings(), self._experts
         passes = sum(step.passes(experts, settings[step.name]) for step in self.recipe.steps if step.passes is not None)
         start = time.perf_counter()
-        with torch.no_grad():
+        with forward_only(experts.device):
             experts.network(0)(experts.images(experts.patches[:1])).sum().item()
         seconds = passes * (time.perf_counter() - start)
         if seconds >= WORTH_SAYING:
@@ -223,6 +230,9 @@ class Merger:
         if weights is not None:
             recipe = replace(recipe, weights=weights)
         each, settings = self.weights_of(recipe), recipe.settings()
+        if self.recipe.volumes is not None and recipe.reads_labels and not self._labelled:
+            self._read(self.recipe.volumes, labels=True)
+            self.__dict__.pop("_unaligned", None)
         aligned, found = self._align(recipe, each)
         merged, more = self._mean(recipe, aligned, each)
         found = found | more

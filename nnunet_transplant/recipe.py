@@ -65,6 +65,12 @@ class Recipe:
         """The steps that need volumes."""
         return [step for step in self.steps if step.looks]
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether one of the steps reads the label maps of the volumes."""
+        settings = self.settings()
+        return any(step.reads_labels(settings[step.name]) for step in self.steps)
+
     def settings(self) -> Settings:
         """All options of every step, checked, the defaults filled in. Raises TransplantError for what no step has."""
         known = {step.name: {parameter.name: parameter for parameter in step.parameters} for step in self.steps}

@@ -88,6 +88,7 @@ class Step:
 
     inputs: what the function wants of the merger, by name. needs: what must be there beside the models.
     passes: about how many forward passes of a network over a patch it takes, of an `Experts` and its options.
+    labels_when: an option and its value with which it reads the label maps of volumes, where it does not always.
     """
     name: str
     summary: str
@@ -98,11 +99,16 @@ class Step:
     parameters: tuple[Parameter, ...]
     needs: tuple[Needs, ...]
     passes: Passes | None = field(default=None, kw_only=True)
+    labels_when: tuple[str, str] | None = field(default=None, kw_only=True)
 
     @property
     def looks(self) -> bool:
         """Whether it needs volumes."""
         return "volumes" in self.needs or "labels" in self.needs
+
+    def reads_labels(self, settings: Mapping[str, Any]) -> bool:
+        option, value = self.labels_when or ("", None)
+        return "labels" in self.needs or (self.labels_when is not None and settings[option] == value)
 
     def call(self, settings: Mapping[str, Any], **inputs: Any) -> Found:
         """The function, of those of the inputs that it wants."""

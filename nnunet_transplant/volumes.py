@@ -24,11 +24,13 @@ from nnunet_transplant.heads import head_rows, origin
 from nnunet_transplant.labels import foreground_values, has_regions
 from nnunet_transplant.mergeable import preprocess_alike
 from nnunet_transplant.model_folder import TrainedModel
+from nnunet_transplant.parallel import ahead
 
 IGNORED = -1  # in targets: voxels of the dataset's ignore label
 N_CASES = 8     # volumes of a dataset, unless told
 N_PATCHES = 32  # of all volumes together, unless told
 SEED = 0        # of the places of patches
+READERS = 3     # volumes that are read at the same time, as nnUNetv2_predict does
 
 Look = Callable[[int, np.ndarray], np.ndarray]  # number of a volume, its image -> where there is something to segment
 
@@ -68,13 +70,14 @@ def configuration_of(model: TrainedModel) -> ConfigurationManager:
 
 
 def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None,
-                 progress: bool = False) -> list[Patch]:
+                 progress: bool = False, labels: bool = True) -> list[Patch]:
     """Read and preprocess volumes by a model's plans and keep patches of them: all that cover them, side by side, where
     these are not too many. Otherwise every volume gives as many as the others: half of them centred on a voxel where
     there is something to segment, as far as they then lie in the volume, the others out of those that cover it. The
     same for the same volumes.
 
     look: says where there is something to segment; without it, or where it sees nothing, patches lie anywhere.
+    labels: whether to read the label maps, too, where there are any.
     Raises TransplantError for datasets, cases or channels that are not there, and for second stages of a cascade.
     """
     if volumes.n_patches < 1:
@@ -85,11 +88,11 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
     count = sum(len(cases.files) for cases in chosen)
     patches: list[Patch] = []
     size = configuration_of(model).patch_size
-    volumes_read = tqdm(preprocess(chosen, model), desc="reading volumes", total=count, delay=3, disable=not progress)
-    for index, (data, values, cases) in enumerate(volumes_read):
+    bar = tqdm(preprocess(chosen, model, labels), desc="reading volumes", total=count, delay=3, disable=not progress)
+    for index, (data, values, cases) in enumerate(bar):
         most = math.ceil((volumes.n_patches - len(patches)) / (count - index))
-        for image, labels in cut(data, values, size, most, partial(look, index) if look is not None else None, index):
-            patches.append(Patch(torch.from_numpy(image), labels, cases))
+        for image, there in cut(data, values, size, most, partial(look, index) if look is not None else None, index):
+            patches.append(Patch(torch.from_numpy(image), there, cases))
     return patches
 
 
@@ -134,9 +137,11 @@ def preprocessed(volumes: Volumes, model: TrainedModel) -> Iterator[tuple[np.nda
     return preprocess([_choose(open_cases(dataset), volumes) for dataset in volumes.datasets], model)
 
 
-def preprocess(datasets: Sequence[Cases], model: TrainedModel) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:
+def preprocess(datasets: Sequence[Cases], model: TrainedModel,
+               labels: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:
     """Each volume as the model's plans preprocess it: image (channels, x, y, z), label values (x, y, z) or None where
-    the case has no label map, and the dataset's cases. What nnUNet_preprocessed holds so is read from there."""
+    the case has no label map or `labels` is False, and the dataset's cases. What nnUNet_preprocessed holds so is read
+    from there. Several are read at the same time, on threads: what takes long in it lets others work."""
     for cases in datasets:
         check_images({case: files["images"] for case, files in cases.files.items()}, cases.dataset_json["file_ending"],
                      cases.dataset, "the model", model.plans, model.dataset_json)
@@ -144,20 +149,23 @@ def preprocess(datasets: Sequence[Cases], model: TrainedModel) -> Iterator[tuple
     if configuration.previous_stage_name is not None:
         raise TransplantError("steps that look at volumes cannot run the second stage of a cascade")
     preprocessor = configuration.preprocessor_class(verbose=False)
-    for cases in datasets:
-        there = _preprocessed_folder(cases, model)
-        for case, files in cases.files.items():
-            labels = files["label"] if Path(files["label"]).is_file() else None
-            if there is not None and (there / f"{case}.b2nd").is_file():
-                image, seg, *_ = nnUNetDatasetBlosc2(str(there), [case]).load_case(case)
-                yield np.asarray(image[:], np.float32), np.asarray(seg[:])[0] if labels else None, cases
-                continue
-            try:
-                data, seg, _ = preprocessor.run_case(files["images"], labels, plans, configuration, cases.dataset_json)
-            except Exception as error:  # the readers and the resampling meet unfit images with any exception
-                raise TransplantError(f"nnU-Net cannot read and preprocess case {case} of {cases.dataset} "
-                                      f"({type(error).__name__}: {' '.join(str(error).split())})") from error
-            yield np.asarray(data, np.float32), np.asarray(seg)[0] if labels else None, cases
+
+    def read(what: tuple[Cases, Path | None, str]) -> tuple[np.ndarray, np.ndarray | None, Cases]:
+        cases, there, case = what
+        files = cases.files[case]
+        label = files["label"] if labels and Path(files["label"]).is_file() else None
+        if there is not None and (there / f"{case}.b2nd").is_file():
+            image, seg, *_ = nnUNetDatasetBlosc2(str(there), [case]).load_case(case)
+            return np.asarray(image[:], np.float32), None if label is None else np.asarray(seg[:])[0], cases
+        try:
+            data, seg, _ = preprocessor.run_case(files["images"], label, plans, configuration, cases.dataset_json)
+        except Exception as error:  # the readers and the resampling meet unfit images with any exception
+            raise TransplantError(f"nnU-Net cannot read and preprocess case {case} of {cases.dataset} "
+                                  f"({type(error).__name__}: {' '.join(str(error).split())})") from error
+        return np.asarray(data, np.float32), None if label is None else np.asarray(seg)[0], cases
+
+    wanted = [(cases, _preprocessed_folder(cases, model), case) for cases in datasets for case in cases.files]
+    return ahead(read, wanted, min(READERS, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)

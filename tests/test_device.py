@@ -1,13 +1,22 @@
-"""Which device networks run on."""
+"""Which device networks run on, in which precision, and what happens when its memory runs out."""
 import multiprocessing
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from nnunet_transplant import device
-from nnunet_transplant.device import memory_left, threads_of_nnunet, torch_device
-from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.device import (
+    BatchSize,
+    forward_only,
+    memory_left,
+    threads_of_nnunet,
+    torch_device,
+    with_gradients,
+)
+from nnunet_transplant.errors import TransplantError, TransplantNote
 
 
 @pytest.fixture
@@ -56,3 +65,66 @@ def test_memory_is_what_the_machine_says(tmp_path: Path, monkeypatch: pytest.Mon
     assert memory_left(torch.device("cuda")) == 123
     monkeypatch.setattr(device, "Path", lambda name: tmp_path / "nothing")
     assert memory_left(torch.device("cpu")) == 8 << 30  # not Linux
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision: the CPU's own autocast stands in for a GPU's.
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_computes_in_float32() -> None:
+    layer, image = torch.nn.Conv2d(1, 2, 3), torch.randn(1, 1, 8, 8)
+    with forward_only(CPU):
+        said = layer(image)
+    assert said.dtype == torch.float32 and not said.requires_grad
+    with with_gradients(CPU):
+        assert layer(image).requires_grad
+
+
+def test_what_a_gpu_would_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (device.FORWARD["cuda"], device.GRADIENTS["cuda"]) == (torch.float16, torch.bfloat16)
+    monkeypatch.setattr(device, "FORWARD", {"cpu": torch.float16})
+    monkeypatch.setattr(device, "GRADIENTS", {"cpu": torch.bfloat16})
+    layer, image = torch.nn.Linear(2, 2), torch.randn(1, 2)
+    with forward_only(CPU):
+        said = layer(image)
+    assert said.dtype == torch.float16 and not said.requires_grad
+    with with_gradients(CPU):
+        said = layer(image)
+    assert said.dtype == torch.bfloat16 and said.requires_grad
+
+
+def test_an_old_gpu_takes_its_gradients_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert isinstance(with_gradients(torch.device("cuda")), nullcontext)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory that runs out
+
+def fits(most: int, error: Exception) -> Callable[[int], int]:
+    def work(size: int) -> int:
+        if size > most:
+            raise error
+        return size
+    return work
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_fewer_patches_pass_where_memory_runs_out(error: Exception) -> None:
+    batches = BatchSize(5, CPU)
+    with pytest.warns(TransplantNote) as notes:
+        assert batches.run(fits(2, error)) == 2
+    assert [str(each.message) for each in notes] == [
+        f"memory ran out on cpu: {size} patches pass the network at a time" for size in (3, 2)]
+    assert batches.run(fits(2, AssertionError())) == 2  # it remembers
+    with pytest.raises(type(error)), pytest.warns(TransplantNote):
+        batches.run(fits(0, error))
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        BatchSize(4, CPU).run(fits(0, RuntimeError("shapes do not fit")))

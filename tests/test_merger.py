@@ -1,6 +1,7 @@
 """Merging models: what nnU-Net makes of it, what is refused, and many merges of the same models."""
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -335,6 +336,29 @@ MANY: dict[str, tuple[Recipe, list[tuple[list[float] | None, dict[str, Any]]]]] 
     "aligned by what comes of it": (Recipe(align="mudsc", volumes=VOLUMES, parameters={"search_alpha": "agreement"}), [
         (None, {}), ([0.1, 0.3, 0.6], {}), (None, {"search_alpha": "no", "alpha": 0.0}), (None, {})]),
 }
+
+
+@pytest.mark.parametrize(("recipe", "labels"), [
+    (Recipe("fisher", fit=["head"], volumes=VOLUMES), {"labels": "dataset"}),
+    (Recipe(align="mudsc", volumes=VOLUMES), {"search_alpha": "dice"})], ids=["fisher", "mudsc"])
+def test_label_maps_are_read_where_a_step_wants_them(tmp_path: Path, tasks: list[Path], raw: Path, recipe: Recipe,
+                                                     labels: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before: then it does not matter what they are. Later merges of the same merger may still want them."""
+    groups = [open_models(path) for path in tasks[:2]]
+    fresh = Merger(groups, recipe.given(labels)).merge()
+    merger = Merger(groups, recipe)
+    assert all(patch.values is None for patch in merger._experts.patches)
+    merger.merge()
+    assert written(merger.merge(**labels), tmp_path / "later") == written(fresh, tmp_path / "at once")
+    assert all(patch.values is not None for patch in merger._experts.patches)
+    (tmp_path / "raw").mkdir()
+    broken = shutil.copytree(raw, tmp_path / "raw" / raw.name)
+    for path in (broken / "labelsTr").iterdir():
+        path.write_text("no label map")
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    Merger(groups, recipe).merge()
+    with pytest.raises(TransplantError, match="nnU-Net cannot read and preprocess case case_0"):
+        Merger(groups, recipe).merge(**labels)
 
 
 def written(merged: MergedModel, folder: Path) -> dict[str, bytes]:

@@ -66,6 +66,7 @@ def activation(experts: Experts, units: Units = "match", to: To = "first", decay
 
 
 @aligner("mudsc", "by the weights and the activations", needs=("volumes",), mean_only=zips, passes=with_search,
+         labels_when=("search_alpha", "dice"),
          reference="Training-Free Pretrained Model Merging, Xu et al., CVPR 2024",
          url="https://arxiv.org/abs/2403.01753")
 def mudsc(experts: Experts, merge: Callable[[Sequence[Network]], Network],

@@ -19,7 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def aligner(name: str, summary: str, *, reference: str, url: str, needs: Sequence[Needs] = (),
             mean_only: Callable[[Mapping[str, Any]], bool] = lambda settings: False,
-            passes: Passes | None = None) -> Callable[[F], F]:
+            passes: Passes | None = None,
+            labels_when: tuple[str, str] | None = None) -> Callable[[F], F]:
     """Make a function an aligner: `-align name` on the command line.
 
     The function takes `experts` (an `Experts`) and gives the tensors of each model, by canonical name, in common units:
@@ -28,6 +29,6 @@ def aligner(name: str, summary: str, *, reference: str, url: str, needs: Sequenc
     """
     def declare(function: F) -> F:
         ALIGNERS.add(Aligner(name, summary, reference, url, function, *read_signature(function), tuple(needs),
-                             mean_only, passes=passes))
+                             mean_only, passes=passes, labels_when=labels_when))
         return function
     return declare

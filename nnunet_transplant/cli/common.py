@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nnunet_transplant.errors import TransplantError, TransplantNote
+from nnunet_transplant.errors import TransplantError, TransplantNote, out_of_memory
 from nnunet_transplant.steps import did_you_mean
 
 
@@ -79,6 +79,11 @@ def run_command(parser: argparse.ArgumentParser, work: Callable[[argparse.Namesp
         sys.exit(1)
     except (TransplantError, OSError) as error:
         _exit(f"{parser.prog}: error: {error}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        _exit(f"{parser.prog}: error: memory ran out ({' '.join(str(error).split())[:200]}). -device cpu uses the "
+              "machine's memory, where a GPU has too little", 1)
     except KeyboardInterrupt:
         _exit(f"{parser.prog}: interrupted{_left_behind(args)}", 130)
 

@@ -5,16 +5,18 @@ from typing import Annotated
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from nnunet_transplant.device import BatchSize, forward_only
 from nnunet_transplant.ensemble import divergence, ensemble_logits
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.fitting.registry import fit
 from nnunet_transplant.steps import Range, Seed
 
+ITERATIONS = 100  # of L-BFGS, at most
+
 Convolution = nn.Conv2d | nn.Conv3d
-
-
 Lesson = tuple[torch.Tensor, torch.Tensor]  # of a patch: voxels (flattened indices), half logits (rows, voxels)
 
 
@@ -37,31 +39,37 @@ def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) 
 
     Returns the head. Raises TransplantError for a network whose output no single layer makes.
     """
-    size = experts.configuration.batch_size
     head = output_layer(network, experts.images(experts.patches[:1]))
     read: list[torch.Tensor] = []
 
     def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         read.append(inputs[0].flatten(2))
-    features = []
-    with torch.no_grad(), _hook(head, look):
-        for start in experts.bar(range(0, len(lessons), size), "fitting the head"):
-            network(experts.images(experts.patches[start:start + size]))
-            features += [of_patch[:, voxels.to(of_patch.device)]
-                         for (voxels, _), of_patch in zip(lessons[start:start + size], read.pop(), strict=True)]
-    inputs = torch.cat(features, 1)
+
+    def features(size: int) -> list[torch.Tensor]:
+        found = []
+        read.clear()
+        with forward_only(experts.device), _hook(head, look):
+            for start in experts.bar(range(0, len(lessons), size), "what the head reads"):
+                network(experts.images(experts.patches[start:start + size]))
+                found += [of_patch[:, voxels.to(of_patch.device)].float()
+                          for (voxels, _), of_patch in zip(lessons[start:start + size], read.pop(), strict=True)]
+        return found
+    inputs = torch.cat(BatchSize(experts.configuration.batch_size, experts.device).run(features), 1)
     target = torch.cat([logits for _, logits in lessons], 1).float().to(inputs.device)[None]
     inputs = torch.cat([inputs, torch.full_like(inputs[:1], head.bias is not None)])
     bias = torch.zeros(len(target[0]), device=target.device) if head.bias is None else head.bias.detach()
     weight = torch.cat([head.weight.detach().flatten(1), bias[:, None]], 1).requires_grad_(True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    bar = tqdm(desc="fitting the head", unit=" evaluations", delay=3, disable=not experts.progress)
 
     def closure() -> torch.Tensor:
+        bar.update()
         optimizer.zero_grad()
         loss = divergence((weight @ inputs)[None], target, experts.regions)
         loss.backward()
         return loss
-    optimizer.step(closure)
+    with bar:
+        optimizer.step(closure)
     with torch.no_grad():
         head.weight.copy_(weight[:, :-1].reshape(head.weight.shape))
         if head.bias is not None:
@@ -93,7 +101,7 @@ def output_layer(network: nn.Module, images: torch.Tensor) -> Convolution:
     hooks = [module.register_forward_hook(lambda module, _, output: made.append((module, output)))
              for module in network.modules()
              if isinstance(module, (nn.Conv2d, nn.Conv3d)) and set(module.kernel_size) == {1}]
-    with torch.no_grad():
+    with forward_only(images.device):
         result = network(images)
     found = next((module for module, output in made if output is result), None)
     for hook in hooks:

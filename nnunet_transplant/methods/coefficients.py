@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nnunet_transplant.architecture import canonical_parameters
+from nnunet_transplant.device import forward_only, with_gradients
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.heads import head_rows
 from nnunet_transplant.labels import has_regions
@@ -95,7 +96,9 @@ def descend(vectors: TaskVectors, experts: Experts, loss: Loss, per: str, iterat
                                                                 1))
         patches = batches.draw()
         network.zero_grad()
-        loss(network(experts.images(patches)), patches).backward()
+        with with_gradients(experts.device):
+            logits = network(experts.images(patches))
+        loss(logits.float(), patches).backward()
         optimizer.zero_grad()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
@@ -128,7 +131,7 @@ def with_a_structure(experts: Experts) -> torch.Tensor:
     for model in range(len(experts.models)):
         network = experts.network(model)
         regions = has_regions(experts.models[model].dataset_json["labels"])
-        with torch.no_grad():
+        with forward_only(experts.device):
             for index, patch in enumerate(experts.bar(experts.patches, f"structures of model {model + 1}")):
                 logits = network(experts.images([patch]))
                 seen[index] |= bool(((logits > 0) if regions else (logits.argmax(1) > 0)).any())

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nnunet_transplant.architecture import canonical_parameters
+from nnunet_transplant.device import with_gradients
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.labels import has_regions
 from nnunet_transplant.methods.linear import average
@@ -23,7 +24,8 @@ Fisher = dict[str, torch.Tensor]
 @method("fisher", "mean of the models weighted entry by entry by their diagonal Fisher information",
         reference="Merging Models with Fisher-Weighted Averaging, Matena and Raffel, NeurIPS 2022",
         url="https://arxiv.org/abs/2111.09832", weights=CONVEX, needs=("volumes",),
-        passes=lambda experts, settings: 3 * len(experts.models) * len(experts.patches))  # back, too
+        passes=lambda experts, settings: 3 * len(experts.models) * len(experts.patches),  # back, too
+        labels_when=("labels", "dataset"))
 def fisher(vectors: TaskVectors, experts: Experts,
            labels: Annotated[Literal["model", "dataset"], "whose labels: drawn from each model's own predictions, or "
                              "the dataset's"] = "model",
@@ -57,7 +59,9 @@ def diagonal(experts: Experts, model: int, names: Collection[str], labels: str, 
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     generator = torch.Generator(experts.device).manual_seed(seed)
     for patch in experts.bar(experts.patches, f"Fisher information of model {model + 1}"):
-        logits = network(experts.images([patch]))
+        with with_gradients(experts.device):
+            logits = network(experts.images([patch]))
+        logits = logits.float()
         target = sampled(logits.detach(), regions, generator) if labels == "model" \
             else experts.targets([patch], dataset_json)
         network.zero_grad()

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from nnunet_transplant.alignment.graph import Node, Run, exported, input_shape, meta_network, tensor_names
 from nnunet_transplant.architecture import Network
+from nnunet_transplant.device import forward_only
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.methods.linear import average
 from nnunet_transplant.methods.registry import CONVEX, method
@@ -103,7 +104,8 @@ def refit(vectors: TaskVectors, experts: Experts,
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for patch in experts.patches:
-                inputs, outputs, spreads = look(run, layer, [*models, network], experts.images([patch]))
+                with forward_only(experts.device):
+                    inputs, outputs, spreads = look(run, layer, [*models, network], experts.images([patch]))
                 target, spread = (added_up(weight * each for weight, each in zip(vectors.weights, values, strict=True))
                                   for values in (outputs, spreads))
                 sums.add(*rows(layer, inputs, target, positions, generator), spread)
@@ -127,12 +129,12 @@ def look(run: Run, layer: Layer, networks: Sequence[Network],
     inputs, spreads = torch.empty(0), [torch.empty(0)]  # found before the loop ends
     for node, values in run(networks, image):
         if node is layer.node:
-            inputs = values[-1][node.args[0]]
-            made = [value[node][0].flatten(1) for value in values[:-1]]
+            inputs = values[-1][node.args[0]].float()
+            made = [value[node][0].flatten(1).float() for value in values[:-1]]
             spreads = [each.std(1, correction=0) if layer.by_instance else torch.ones_like(each[:, 0])
                        for each in made]
         if node is (layer.norm or layer.node):
-            return inputs, [value[node] for value in values[:-1]], spreads
+            return inputs, [value[node].float() for value in values[:-1]], spreads
     raise AssertionError(f"{layer.node} is not in the graph")
 
 

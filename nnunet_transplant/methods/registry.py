@@ -45,7 +45,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def method(name: str, summary: str, *, reference: str, url: str, weights: WeightsRule, needs: Sequence[Needs] = (),
            by_entry: bool = False, max_models: int | None = None,
-           passes: Passes | None = None) -> Callable[[F], F]:
+           passes: Passes | None = None,
+           labels_when: tuple[str, str] | None = None) -> Callable[[F], F]:
     """Make a function a merging method: `-method name` on the command line.
 
     The function takes `tensors` (a `Tensors`: one tensor of every model, float32) and gives the merged tensor; or it
@@ -54,7 +55,7 @@ def method(name: str, summary: str, *, reference: str, url: str, weights: Weight
     """
     def declare(function: F) -> F:
         METHODS.add(Method(name, summary, reference, url, function, *read_signature(function), tuple(needs),
-                           weights, by_entry, max_models, passes=passes))
+                           weights, by_entry, max_models, passes=passes, labels_when=labels_when))
         return function
     return declare
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nnunet_transplant.architecture import canonical_names
-from nnunet_transplant.device import memory_left
+from nnunet_transplant.device import forward_only, memory_left
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.methods.linear import average
 from nnunet_transplant.methods.registry import CONVEX, method
@@ -54,7 +54,7 @@ def regmean(vectors: TaskVectors, experts: Experts,
             for name, gram in seen.items():
                 theta = vectors.thetas[model][name].float().to(experts.device)
                 sums[name].add(gram, as_matrix(theta, layers[name]), weight, off_diagonal)
-        for name in names:
+        for name in experts.bar(names, "solving for the layers"):
             solved[name] = as_kernel(sums.pop(name).solution(), layers[name]).cpu()
 
     def merge(tensors: Tensors) -> torch.Tensor:
@@ -146,13 +146,13 @@ def grams(experts: Experts, model: int, names: Iterable[str], positions: int, ro
         most = min(positions, math.ceil(max(rows_each * size, FEWEST) / len(experts.patches)))
 
         def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            rows = input_rows(cast(Convolution, layer), inputs[0], most, generator)
+            rows = input_rows(cast(Convolution, layer), inputs[0], most, generator).float()
             gram.addmm_(rows.T, rows)
         layer.register_forward_pre_hook(hook)
 
     for name in names:
         watch(name, cast(Convolution, modules[name]))
-    with torch.no_grad():
+    with forward_only(experts.device):
         for patch in experts.bar(experts.patches, f"layer inputs of model {model + 1}"):
             network(experts.images([patch]))
     return found

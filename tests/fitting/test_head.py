@@ -1,4 +1,6 @@
 """Fitting the head: the best of all heads for what the ensemble says."""
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,11 @@ from permuted import LABELS, canonical, network_of, noisy, tensors_of, write
 from teaching import PLANS, REGIONS, distribution, loss_of, mean_of, opened, write_tasks
 from torch.distributions import kl_divergence
 
+from nnunet_transplant import device
 from nnunet_transplant.ensemble import ensemble_logits
-from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.errors import TransplantError, TransplantNote
 from nnunet_transplant.fitting.head import head, output_layer
+from nnunet_transplant.volumes import Patch
 
 HEAD = ("decoder.seg_layers.1.weight", "decoder.seg_layers.1.bias")
 
@@ -85,6 +89,34 @@ def test_the_head_is_the_layer_whose_output_is_the_networks() -> None:
         odd = torch.nn.Sequential(conv(1, 2, 1), last)
         with pytest.raises(TransplantError, match="convolution of single voxels"):
             output_layer(odd, image)
+
+
+def test_a_head_is_fitted_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = opened(write_tasks(tmp_path))
+    merged = mean_of(experts)
+    expected = head(merged, experts)
+    images = experts.images
+
+    def only_one(patches: Sequence[Patch]) -> torch.Tensor:
+        if len(patches) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images(patches)
+    monkeypatch.setattr(experts, "images", only_one)
+    with pytest.warns(TransplantNote, match="memory ran out on cpu: 1 patches pass the network at a time"):
+        found = head(merged, experts)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_in_half_precision_steps_come_near_to_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The precision of GPUs, by the CPU's autocast."""
+    experts = opened(write_tasks(tmp_path))
+    merged = mean_of(experts)
+    before, expected = loss_of(experts, merged, False), loss_of(experts, head(merged, experts), False)
+    monkeypatch.setattr(device, "FORWARD", {"cpu": torch.float16})
+    monkeypatch.setattr(device, "GRADIENTS", {"cpu": torch.bfloat16})
+    found = head(merged, replace(experts))  # which has seen nothing yet
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert loss_of(experts, found, False) < expected + 0.02 * (before - expected)
 
 
 def test_a_fitted_head_keeps_its_type(tmp_path: Path) -> None:

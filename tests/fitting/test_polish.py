@@ -1,4 +1,5 @@
 """Polishing: what steps towards the ensemble make of a merged model."""
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ from factory import write_model
 from permuted import LABELS, canonical, network_of, noisy, tensors_of, write
 from teaching import PLANS, REGIONS, loss_of, mean_of, opened, write_same, write_tasks
 
-from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.fitting.polish import polish
+from nnunet_transplant.ensemble import Teacher, divergence
+from nnunet_transplant.errors import TransplantError, TransplantNote
+from nnunet_transplant.fitting.polish import gradients, polish
+from nnunet_transplant.volumes import Patch
 
 
 @pytest.fixture
@@ -63,6 +66,38 @@ def test_polishing_keeps_types(tmp_path: Path) -> None:
     experts = opened(folders)
     polished = polish(mean_of(experts), experts, 3, 1e-3)
     assert all(tensor.dtype == torch.float16 for tensor in polished.values())
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_batch_has_the_same_gradient_however_it_passes(same: list[Path], size: int) -> None:
+    experts = opened(same, patches=5)
+    network = experts.merged_network(mean_of(experts)).requires_grad_(True)
+    teacher = Teacher(experts)
+    images = torch.stack([patch.image for patch in experts.patches])
+    divergence(network(images), teacher(experts.patches).float(), False).backward()
+    expected = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+    gradients(experts, network, teacher, experts.patches, size)
+    found = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_polishing_goes_on_where_memory_runs_out(same: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer patches at a time, and says the same up to rounding (of which AdamW makes more where a gradient is 0).
+    """
+    experts = opened(same)
+    merged = mean_of(experts)
+    before, expected = loss_of(experts, merged, False), loss_of(experts, polish(merged, experts, 5), False)
+
+    def only_one(self: Teacher, patches: Sequence[Patch]) -> torch.Tensor:
+        if len(patches) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return said(self, patches)
+    said = Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", only_one)
+    with pytest.warns(TransplantNote, match="memory ran out on cpu: 1 patches"):
+        found = polish(merged, experts, 5)
+    monkeypatch.undo()
+    assert abs(loss_of(experts, found, False) - expected) < 1e-3 * (before - expected)
 
 
 def test_polishing_that_diverges_is_refused(same: list[Path]) -> None:
