@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,17 +33,19 @@ from nnunet_transplant.data.cases import Cases, evaluation_cases
 from nnunet_transplant.data.images import check_images
 from nnunet_transplant.device import AUTO, threads_of_nnunet, torch_device
 from nnunet_transplant.environment import use_our_trainers
-from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.errors import TransplantError, out_of_memory
 from nnunet_transplant.figures.evaluation import Overlay, save_dice_figure, save_overlays_figure, slice_to_show
 from nnunet_transplant.files import atomic_path, check_output
 from nnunet_transplant.mergeable import preprocessing_fields
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, model_labels, open_models
-from nnunet_transplant.prediction import overflow_explained, predictor
+from nnunet_transplant.parallel import ahead
+from nnunet_transplant.prediction import WatchedPredictor, overflow_explained, predictor
 from nnunet_transplant.tables import cases_table, mean_without_nan, means_table, structure_means
 from nnunet_transplant.targets import Key, Target, name_targets
 
 CSV, TABLE, SUMMARY, PREDICTIONS = "evaluation.csv", "table.txt", "summary.json", "predictions"
 DICE_FIGURE, OVERLAYS_FIGURE = "dice.png", "overlays.png"
+EXPORTERS = 3  # cases that are exported and scored at the same time, as nnUNetv2_predict exports
 PER_CASE = "\nDice per case\n"  # the line of table.txt below which every case has its rows
 
 
@@ -91,8 +94,9 @@ def evaluate(models: Sequence[Path | str], dataset: str | int, fold: str | int =
         if (how := _how_preprocessed(folds[0])) not in checked:  # the images are asked once for all that read alike
             _check_input(label, folds[0], found)
             checked.append(how)
+    kind = WatchedPredictor if progress else nnUNetPredictor
     contenders = [_Contender(label, folds, targets, predictor(folds, target_device, step_size, mirroring,
-                                                              progress_bar=False))
+                                                              progress_bar=False, kind=kind))
                   for label, folds, targets in zip(labels, groups, targets_of, strict=True)]
     with atomic_path(output, replace=overwrite) as folder:
         folder.mkdir()
@@ -153,41 +157,59 @@ def _predict_and_score(contenders: Sequence[_Contender], cases: Cases, folder: P
     """For each model nnU-Net's metric_per_case, in the order of the cases. Predictions are written to folder, which is
     going to be output.
 
-    In one process: to start nnU-Net's pools takes longer than to predict a few small cases. Case by case, so that
-    models with the same preprocessing share it.
+    The next case is read, and the last ones are exported and scored, while a network predicts. On threads: most of that
+    is resampling, which leaves Python to others, and nnU-Net's processes take longer to start than a few small cases to
+    predict. Case by case, so that models with the same preprocessing share it.
     """
     scores: dict[str, list[dict[str, Any]]] = {contender.label: [] for contender in contenders}
     for contender in contenders:
         (folder / contender.label / PREDICTIONS).mkdir(parents=True)
-    with tqdm(total=len(cases.files) * len(contenders), unit="prediction", disable=not progress) as bar:
-        for case, files in cases.files.items():
-            inputs: list[tuple[Any, _Input]] = []
-            for contender in contenders:
-                bar.set_postfix_str(f"{contender.label} {case}")
-                how = _how_preprocessed(contender.folds[0])
-                given = next((known for other, known in inputs if other == how), None)
-                if given is None:
-                    given = _read(contender, case, files)
-                    inputs.append((how, given))
-                name = Path(contender.label) / PREDICTIONS / f"{case}{cases.dataset_json['file_ending']}"
-                prediction = _predict(contender, given, cases, folder / name)
-                try:
-                    metrics = score(given.reference, prediction, contender.targets,
-                                    cases.dataset_json["labels"].get("ignore"))
-                except TransplantError as error:
-                    raise TransplantError(f"case {case} of {cases.dataset}: {error}") from error
-                scores[contender.label].append({"reference_file": str(files["label"]),
-                                                "prediction_file": str(output / name), "metrics": metrics})
-                bar.update()
+    export = partial(_export_and_score, cases, folder, output)
+    exporters = min(EXPORTERS, os.cpu_count() or 1)
+    # closing: whatever ends this, nothing else is begun, and it waits for what a thread still writes to the folder
+    with (_silence(), tqdm(total=len(cases.files) * len(contenders), unit="prediction", disable=not progress) as bar,
+          contextlib.closing(ahead(_read, _readings(contenders, cases), workers=1)) as given,
+          contextlib.closing(ahead(export, _predictions(given, bar), exporters)) as scored):
+        for label, entry in scored:
+            scores[label].append(entry)
+            bar.update()
     empty_cache(contenders[0].predictor.device)
     return scores
 
 
+class _Reading(NamedTuple):
+    """A case to read for models that see it in the same way."""
+    case: str
+    files: Mapping[str, Any]
+    contenders: list[_Contender]
+
+
 class _Input(NamedTuple):
-    """A case as a model gets it."""
+    """A case as models get it."""
+    what: _Reading
     image: np.ndarray           # preprocessed, (channels, z, y, x)
     properties: dict[str, Any]  # what nnU-Net needs to undo the preprocessing
-    reference: np.ndarray       # the label map as the model's reader reads it, (1, z, y, x) of the raw image
+    reference: np.ndarray       # the label map as the models' reader reads it, (1, z, y, x) of the raw image
+
+
+class _Prediction(NamedTuple):
+    """What a model says of a case."""
+    given: _Input
+    contender: _Contender
+    logits: torch.Tensor  # (outputs, z, y, x) of the preprocessed image
+
+
+def _readings(contenders: Sequence[_Contender], cases: Cases) -> Iterator[_Reading]:
+    alike: list[tuple[dict[str, Any], list[_Contender]]] = []
+    for contender in contenders:
+        how = _how_preprocessed(contender.folds[0])
+        group = next((group for other, group in alike if other == how), [])
+        if not group:
+            alike.append((how, group))
+        group.append(contender)
+    for case, files in cases.files.items():
+        for _, group in alike:
+            yield _Reading(case, files, group)
 
 
 def _how_preprocessed(model: TrainedModel) -> dict[str, Any]:
@@ -195,38 +217,72 @@ def _how_preprocessed(model: TrainedModel) -> dict[str, Any]:
     return preprocessing_fields(model, channels=False)
 
 
+def _read(what: _Reading) -> _Input:
+    first = what.contenders[0]
+    nnunet = first.predictor
+    preprocessor = nnunet.configuration_manager.preprocessor_class(verbose=False)
+    with _explained(f"read and preprocess case {what.case} for {first.label}"):
+        reference = nnunet.plans_manager.image_reader_writer_class().read_seg(what.files["label"])[0]
+        image, _, properties = preprocessor.run_case(list(what.files["images"]), None, nnunet.plans_manager,
+                                                     nnunet.configuration_manager, nnunet.dataset_json)
+    return _Input(what, image, properties, reference)
+
+
+def _predictions(inputs: Iterable[_Input], bar: tqdm) -> Iterator[_Prediction]:
+    for given in inputs:
+        for contender in given.what.contenders:
+            bar.set_postfix_str(f"{contender.label} {given.what.case}")
+            yield _Prediction(given, contender, _predict(contender, given.image))  # no name keeps the logits in memory
+
+
+def _predict(contender: _Contender, image: np.ndarray) -> torch.Tensor:
+    with overflow_explained():
+        return contender.predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image)).cpu()
+
+
+def _export_and_score(cases: Cases, folder: Path, output: Path, prediction: _Prediction) -> tuple[str, dict[str, Any]]:
+    """The model's label, and the case's entry in its metric_per_case."""
+    given, contender, _ = prediction
+    case, files, _ = given.what
+    name = Path(contender.label) / PREDICTIONS / f"{case}{cases.dataset_json['file_ending']}"
+    with _explained(f"write what {contender.label} says of case {case}"):
+        label_map = _export(prediction, cases.dataset_json["file_ending"], folder / name)
+    try:
+        metrics = score(given.reference, label_map, contender.targets, cases.dataset_json["labels"].get("ignore"))
+    except TransplantError as error:
+        raise TransplantError(f"case {case} of {cases.dataset}: {error}") from error
+    return contender.label, {"reference_file": str(files["label"]), "prediction_file": str(output / name),
+                             "metrics": metrics}
+
+
+def _export(prediction: _Prediction, ending: str, path: Path) -> np.ndarray:
+    """Write the label map to path as nnUNetPredictor does, and read it as it is there."""
+    nnunet = prediction.contender.predictor
+    export_prediction_from_logits(
+        prediction.logits, prediction.given.properties, nnunet.configuration_manager, nnunet.plans_manager,
+        nnunet.dataset_json | {"file_ending": ending}, str(path).removesuffix(ending),
+        num_threads_torch=min(default_num_processes, os.cpu_count() or 1))  # of this thread: a network keeps its own
+    return nnunet.plans_manager.image_reader_writer_class().read_seg(str(path))[0]
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """nnU-Net's readers, resampling and writers meet unfit images and full disks with any exception: say it in one
+    line. Memory that ran out is said elsewhere."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise TransplantError(f"nnU-Net cannot {what} ({type(error).__name__}: {' '.join(str(error).split())})"
+                              ) from error
+
+
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without what nnU-Net prints."""
+    """Without what nnU-Net prints, on any thread."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def _read(contender: _Contender, case: str, files: dict[str, Any]) -> _Input:
-    nnunet = contender.predictor
-    preprocessor = nnunet.configuration_manager.preprocessor_class(verbose=False)
-    try:
-        with _silence():
-            reference = nnunet.plans_manager.image_reader_writer_class().read_seg(files["label"])[0]
-            image, _, properties = preprocessor.run_case(list(files["images"]), None, nnunet.plans_manager,
-                                                         nnunet.configuration_manager, nnunet.dataset_json)
-    except Exception as error:  # the readers and the resampling meet unfit images with any exception
-        raise TransplantError(f"nnU-Net cannot read and preprocess case {case} for {contender.label} "
-                              f"({type(error).__name__}: {' '.join(str(error).split())})") from error
-    return _Input(image, properties, reference)
-
-
-def _predict(contender: _Contender, given: _Input, cases: Cases, path: Path) -> np.ndarray:
-    """What nnUNetPredictor does with a preprocessed case. Writes the label map to path and reads it as it is there."""
-    nnunet = contender.predictor
-    ending = cases.dataset_json["file_ending"]
-    with _silence(), overflow_explained():
-        logits = nnunet.predict_logits_from_preprocessed_data(torch.from_numpy(given.image)).cpu()
-        export_prediction_from_logits(
-            logits, given.properties, nnunet.configuration_manager, nnunet.plans_manager,
-            nnunet.dataset_json | {"file_ending": ending}, str(path).removesuffix(ending),
-            num_threads_torch=min(default_num_processes, os.cpu_count() or 1))
-        return nnunet.plans_manager.image_reader_writer_class().read_seg(str(path))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Work that goes on ahead of whoever takes its results."""
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """function(item) of each item, in order, on so many threads: as many results as threads wait at most. What the
     function raises comes where its result would."""
     waiting: deque[Future[Result]] = deque()

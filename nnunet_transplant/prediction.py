@@ -9,6 +9,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+from tqdm import tqdm
 
 from nnunet_transplant.architecture import build_network
 from nnunet_transplant.data.images import check_images
@@ -19,6 +20,7 @@ from nnunet_transplant.model_folder import TrainedModel
 
 HALF_PRECISION = ("the merged weights give logits beyond half precision, in which nnU-Net sums them: merge with "
                   "smaller -weights or -lambda")
+WINDOWS_AFTER = 3.0  # seconds after which a case has a bar of its windows
 
 
 class BatchPredictor(nnUNetPredictor):
@@ -40,6 +42,22 @@ class BatchPredictor(nnUNetPredictor):
                 logits[window] += prediction.to(data.device) * gaussian
                 weights[window[1:]] += gaussian
         return logits.div_(weights)
+
+
+class WatchedPredictor(nnUNetPredictor):
+    """nnU-Net's predictor. A case that takes long has a bar of its windows, below another bar, and gone at its end:
+    nnU-Net's own bar would leave a line for each."""
+
+    def _internal_predict_sliding_window_return_logits(self, data: torch.Tensor, slicers: Sequence[tuple],
+                                                       do_on_device: bool = True) -> torch.Tensor:
+        with tqdm(desc="sliding window", total=len(slicers), position=1, leave=False,
+                  delay=WINDOWS_AFTER) as self.bar:
+            return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
+
+    def _internal_maybe_mirror_and_predict(self, x: torch.Tensor) -> torch.Tensor:
+        prediction = super()._internal_maybe_mirror_and_predict(x)
+        self.bar.update()
+        return prediction
 
 
 def predictor(models: MergedModel | Sequence[MergedModel | TrainedModel], device: torch.device, step_size: float = 0.5,

@@ -2,6 +2,10 @@
 import itertools
 import multiprocessing
 import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +15,10 @@ import pandas as pd
 import pytest
 import SimpleITK
 import torch
-from evaluated import edit_json, random_model, run, write_dataset, write_volume
+from evaluated import edit_json, random_model, read, run, write_dataset, write_volume
 from factory import small_plans
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder2, load_summary_json
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_transplant import evaluation
 from nnunet_transplant.errors import TransplantError
@@ -187,6 +192,135 @@ def test_another_file_ending_of_the_same_reader(dataset: Path, tmp_path: Path) -
     assert (tmp_path / "nrrd" / "model" / "predictions" / "a.nrrd").is_file()
 
 
+# What goes on at the same time
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That export and score, whatever the machine has."""
+    monkeypatch.setattr(evaluation, "EXPORTERS", 2)
+    monkeypatch.setattr(evaluation.os, "cpu_count", lambda: 2)
+
+
+def watch(patch: pytest.MonkeyPatch, stage: str, before: Callable[[int], object]) -> None:
+    """Call before(0), before(1), ... at the start of each call of a stage of the evaluation."""
+    work, calls = getattr(evaluation, stage), itertools.count()
+
+    def watched(*arguments: object) -> object:
+        before(next(calls))
+        return work(*arguments)
+
+    patch.setattr(evaluation, stage, watched)
+
+
+def happens(event: threading.Event) -> None:
+    assert event.wait(30), "it would have waited for ever"
+
+
+def test_predictions_are_the_files_of_nnunets_own_predictor(dataset: Path, tmp_path: Path) -> None:
+    models = [random_model(tmp_path / "parent", seed=5, axes=(0, 2)),
+              random_model(tmp_path / "other", seed=6, plans=small_plans(spacing=1.5))]
+    run(models, tmp_path / "out", fold="all")
+    for model in models:
+        judge = nnUNetPredictor(device=torch.device("cpu"), tile_step_size=1.0, allow_tqdm=False)
+        judge.initialize_from_trained_model_folder(str(model), ("0",))
+        expected = tmp_path / f"judge_{model.name}"
+        expected.mkdir()
+        judge.predict_from_files_sequential(str(dataset / "imagesTr"), str(expected))
+        for case in "abc":
+            assert read(expected / f"{case}.nii.gz").any()
+            found = tmp_path / "out" / model.name / "predictions" / f"{case}.nii.gz"
+            assert found.read_bytes() == (expected / f"{case}.nii.gz").read_bytes()
+
+
+def test_the_next_case_is_read_while_one_is_predicted_and_the_last_one_scored_while_the_next_is_predicted(
+        dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    next_is_read, next_is_predicted = threading.Event(), threading.Event()
+    watch(monkeypatch, "_read", lambda call: call == 1 and next_is_read.set())
+
+    def predicting(call: int) -> None:
+        if call == 0:
+            happens(next_is_read)
+        elif call == 1:
+            next_is_predicted.set()
+
+    watch(monkeypatch, "_predict", predicting)
+    watch(monkeypatch, "_export", lambda call: call == 0 and happens(next_is_predicted))
+    run([random_model(tmp_path / "model")], tmp_path / "out")
+
+
+def test_models_with_the_same_preprocessing_share_one_reading(dataset: Path, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [random_model(tmp_path / "first"), random_model(tmp_path / "other", plans=small_plans(spacing=1.5)),
+              random_model(tmp_path / "second", seed=1)]
+    read_for = []
+    work = evaluation._read
+
+    def reading(what: evaluation._Reading) -> evaluation._Input:
+        read_for.append((what.case, *(contender.label for contender in what.contenders)))
+        return work(what)
+
+    monkeypatch.setattr(evaluation, "_read", reading)
+    run(models, tmp_path / "out")
+    assert read_for == [("a", "first", "second"), ("a", "other"), ("b", "first", "second"), ("b", "other")]
+
+
+def test_cases_keep_their_order_whichever_is_scored_first(dataset: Path, tmp_path: Path, two_threads: None,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(tmp_path / "model")
+    expected = run([model], tmp_path / "expected", fold="all")
+    assert expected["dice"].nunique() > 3
+    first_is_next = threading.Event()
+    finished = []
+    work = evaluation._export
+
+    def export(prediction: evaluation._Prediction, *where: object) -> np.ndarray:
+        case = prediction.given.what.case
+        if case == "a":
+            happens(first_is_next)
+        label_map = work(prediction, *where)
+        finished.append(case)
+        if case == "b":
+            first_is_next.set()
+        return label_map
+
+    monkeypatch.setattr(evaluation, "_export", export)
+    pd.testing.assert_frame_equal(run([model], tmp_path / "out", fold="all"), expected)
+    assert finished.index("b") < finished.index("a")
+    entries = load_summary_json(str(tmp_path / "out" / "model" / "summary.json"))["metric_per_case"]
+    assert [Path(entry["prediction_file"]).name for entry in entries] == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+
+
+def test_few_predictions_are_in_memory(dataset: Path, tmp_path: Path, two_threads: None,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the export takes: of nine those that two threads have, one that waits and one that is made."""
+    there: weakref.WeakSet = weakref.WeakSet()
+    most = []
+    predict = evaluation._predict
+
+    def predicting(*arguments: object) -> torch.Tensor:
+        logits = predict(*arguments)
+        there.add(logits)
+        most.append(len(there))
+        return logits
+
+    monkeypatch.setattr(evaluation, "_predict", predicting)
+    watch(monkeypatch, "_export", lambda call: time.sleep(0.1))
+    run([random_model(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two", "three"))],
+        tmp_path / "out", fold="all")
+    assert len(most) == 9 and max(most) <= 4
+
+
+def test_what_nnunet_prints_on_any_thread_is_not_shown(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture) -> None:
+    said = []
+    for stage in ("_read", "_predict", "_export"):
+        watch(monkeypatch, stage, lambda _: (print("nnU-Net talks"), said.append(threading.current_thread())))
+    run([random_model(tmp_path / "model")], tmp_path / "out")
+    assert len(said) == 6 and len(set(said)) > 2
+    print("we talk")
+    assert capsys.readouterr().out == "we talk\n"
+
+
 # What goes wrong
 
 def write_two_channels(dataset: Path) -> None:
@@ -219,6 +353,8 @@ ERRORS = {
     "step": (lambda d: None, {"step_size": 0.0}, "-step_size must be above 0"),
     "checkpoint": (lambda d: None, {"checkpoint_name": "checkpoint_best.pth"}, "no fold_X/checkpoint_best.pth"),
     "shape": (crop_label, {}, r"case b of Dataset700_Small: the reference has the shape \(1, 11, 18, 20\)"),
+    "damaged label": (lambda d: (d / "labelsTr" / "b.nii.gz").write_bytes(b"no image"), {},
+                      "nnU-Net cannot read and preprocess case b for model "),
     "damaged": (lambda d: (d / "imagesTr" / "b_0000.nii.gz").write_bytes(b"no image"), {},
                 "SimpleITKIO cannot read .*b_0000.nii.gz"),
 }
@@ -302,6 +438,61 @@ def test_an_interrupted_evaluation_leaves_the_earlier_one(dataset: Path, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run([folder], output, overwrite=True)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TransplantError])
+def test_no_thread_writes_once_an_evaluation_has_ended(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       error: type[BaseException]) -> None:
+    """The first case is being exported when the second one ends it."""
+    folder = random_model(tmp_path / "model")
+    before, threads = set(tmp_path.rglob("*")), threading.active_count()
+    exporting, ended = threading.Event(), threading.Event()
+    written = []
+
+    def end(call: int) -> None:
+        if call == 1:
+            happens(exporting)
+            ended.set()
+            raise error
+
+    work = evaluation._export
+
+    def export(*arguments: object) -> np.ndarray:
+        exporting.set()
+        happens(ended)
+        time.sleep(0.2)
+        label_map = work(*arguments)
+        written.append(arguments)
+        return label_map
+
+    watch(monkeypatch, "_predict", end)
+    monkeypatch.setattr(evaluation, "_export", export)
+    with pytest.raises(error):
+        run([folder], tmp_path / "out", fold="all")
+    assert len(written) == 1 and threading.active_count() == threads
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (RuntimeError("sitk::ERROR:\n no space"),
+     r"^nnU-Net cannot write what model says of case b \(RuntimeError: sitk::ERROR: no space\)$"),
+    (MemoryError("no more"), "^no more$")])
+def test_a_prediction_that_cannot_be_written_is_named(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      error: Exception, message: str) -> None:
+    """But memory that ran out is what it is: commands say what helps."""
+    folder = random_model(tmp_path / "model")
+    before = set(tmp_path.rglob("*"))
+    work = evaluation.export_prediction_from_logits
+
+    def export(*arguments: object, **options: object) -> None:
+        if str(arguments[5]).endswith("b"):
+            raise error
+        work(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "export_prediction_from_logits", export)
+    with pytest.raises(MemoryError if isinstance(error, MemoryError) else TransplantError, match=message):
+        run([folder], tmp_path / "out", fold="all")
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_overflow_is_explained(dataset: Path, tmp_path: Path) -> None:

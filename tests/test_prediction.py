@@ -8,10 +8,11 @@ import torch
 from factory import base_network, small_plans, write_model, write_volumes
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+from nnunet_transplant import prediction
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.merging import merge, predict
 from nnunet_transplant.model_folder import open_models
-from nnunet_transplant.prediction import BatchPredictor, predictor
+from nnunet_transplant.prediction import BatchPredictor, WatchedPredictor, predictor
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 16), (9, 30, 21), (35, 16, 40)])
@@ -28,6 +29,37 @@ def test_batches_of_windows_give_the_same_logits(tmp_path: Path, dim: int, mirro
     assert found.dtype == expected.dtype == torch.half and found.shape == expected.shape == (3, *shape)
     assert expected.std() > 0.01
     torch.testing.assert_close(found.float(), expected.float(), rtol=2e-3, atol=2e-3)  # sums of halves
+
+
+def test_a_watched_predictor_counts_its_windows_and_gives_the_same_logits(tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    models = open_models(write_model(tmp_path / "model", plans=small_plans(), axes=(0, 1)))
+    image = torch.randn(1, 9, 30, 21, generator=torch.Generator().manual_seed(0))
+    plain, watched = (predictor(models, torch.device("cpu"), progress_bar=False, kind=kind)
+                      for kind in (nnUNetPredictor, WatchedPredictor))
+    bars = []
+
+    class Bar(prediction.tqdm):
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)
+            bars.append(self)
+
+    monkeypatch.setattr(prediction, "tqdm", Bar)
+    expected, found = (each.predict_logits_from_preprocessed_data(image) for each in (plain, watched))
+    assert torch.equal(found, expected)
+    assert [(bar.n, bar.total) for bar in bars] == [(6, 6)]  # 1 x 3 x 2 windows of 16 voxels, half a window apart
+
+
+def test_a_bar_is_shown_only_where_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture) -> None:
+    watched = predictor(open_models(write_model(tmp_path / "model")), torch.device("cpu"), progress_bar=False,
+                        kind=WatchedPredictor)
+    shown = []
+    for waits in (prediction.WINDOWS_AFTER, 0.0):
+        monkeypatch.setattr(prediction, "WINDOWS_AFTER", waits)
+        watched.predict_logits_from_preprocessed_data(torch.zeros(1, 20, 20, 20))
+        shown.append("sliding window" in capsys.readouterr().err)
+    assert shown == [False, True]
 
 
 # Merged models and folders of images
@@ -74,6 +106,15 @@ def test_a_merge_predicts_as_nnunet_does_once_it_is_saved(tmp_path: Path, models
         assert predict(given, images, tmp_path / name, **options, **more) == tmp_path / name
         for found, wanted in zip(voxels(tmp_path / name), expected, strict=True):
             np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_folder_is_predicted_with_nnunets_own_bar(tmp_path: Path, models: list[Path], images: Path, progress: bool,
+                                                    capsys: pytest.CaptureFixture) -> None:
+    merged = merge(models)
+    capsys.readouterr()
+    predict(merged, images, tmp_path / "out", progress=progress, **QUICK)
+    assert ("100%" in capsys.readouterr().err) is progress
 
 
 def test_what_is_there_may_stay_and_parts_are_parts(tmp_path: Path, models: list[Path], images: Path) -> None:

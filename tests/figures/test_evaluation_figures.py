@@ -158,11 +158,11 @@ def test_overlays_without_truth(dataset: Path, tmp_path: Path, monkeypatch: pyte
     said = np.zeros((12, 18, 20), np.uint8)
     said[9, 3:5, 3:5] = predicted
 
-    def predict(contender: object, given: object, cases_: object, path: Path) -> np.ndarray:
+    def export(prediction: object, ending: str, path: Path) -> np.ndarray:
         write_volume(path, said)
         return said[None]
 
-    monkeypatch.setattr(evaluation, "_predict", predict)
+    monkeypatch.setattr(evaluation, "_export", export)
     calls = drawn(monkeypatch)
     run([random_model(tmp_path / "model")], tmp_path / "out", fold="all")
     overlays = {overlay.title: overlay for overlay in calls[0][0]}
