@@ -162,7 +162,7 @@ def _zip(similarity: np.ndarray, models: int, decay: float, budget: float, keep:
     count = len(similarity)
     merged = np.arange(count)  # of every unit, the smallest member of the unit that it is part of
     alive = np.ones(count, bool)
-    holds = np.repeat(np.eye(models, dtype=bool), count // models, axis=0)  # units of which models a unit holds
+    holds = np.repeat(np.eye(models, dtype=bool), count // models, axis=1)  # [n, i]: unit i holds units of model n
     joins_left = np.full(models, int((count - keep) / models * budget + 1e-4))
     over = 0  # of how many models a join may go over the budget. It never falls: units only come to hold more models
     # Not less than the similarity of unit i to the most similar j > i. Exact values cost a search of a row each; this
@@ -174,16 +174,18 @@ def _zip(similarity: np.ndarray, models: int, decay: float, budget: float, keep:
             if bound[i] == -np.inf:
                 over, bound = over + 1, np.where(alive, np.inf, -np.inf)
                 continue
-            spent = holds[i] & (joins_left <= 0)
-            allowed = alive[i + 1:] & (holds[i + 1:, spent].sum(1) <= over)
+            allowed = alive[i + 1:]
+            spent = np.flatnonzero(holds[:, i] & (joins_left <= 0))
+            if len(spent) > over:
+                allowed = allowed & (holds[spent, i + 1:].sum(0, dtype=np.int16) <= over)
             row = np.where(allowed, similarity[i, i + 1:], -np.inf)
             best = row.max(initial=-np.inf)
             if best == bound[i]:
                 break
             bound[i] = best
         j = i + 1 + int(row.argmax())
-        joins_left -= holds[i] & holds[j]
-        holds[i] |= holds[j]
+        joins_left -= holds[:, i] & holds[:, j]
+        holds[:, i] |= holds[:, j]
         alive[j] = False
         merged[merged == j] = i
         joined = decay * np.minimum(similarity[i], similarity[j])
