@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nnunet_transplant.device import BatchSize, forward_only
+from nnunet_transplant.device import forward_only
 from nnunet_transplant.ensemble import divergence, ensemble_logits
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
@@ -40,21 +40,16 @@ def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) 
     Returns the head. Raises TransplantError for a network whose output no single layer makes.
     """
     head = output_layer(network, experts.images(experts.patches[:1]))
-    read: list[torch.Tensor] = []
+    features: list[torch.Tensor] = []  # of each patch (inputs, voxels)
 
     def look(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        read.append(inputs[0].flatten(2))
+        voxels = lessons[len(features)][0]
+        features.append(inputs[0][0].flatten(1)[:, voxels.to(inputs[0].device)].float())
 
-    def features(size: int) -> list[torch.Tensor]:
-        found = []
-        read.clear()
-        with forward_only(experts.device), _hook(head, look):
-            for start in experts.bar(range(0, len(lessons), size), "what the head reads"):
-                network(experts.images(experts.patches[start:start + size]))
-                found += [of_patch[:, voxels.to(of_patch.device)].float()
-                          for (voxels, _), of_patch in zip(lessons[start:start + size], read.pop(), strict=True)]
-        return found
-    inputs = torch.cat(BatchSize(experts.configuration.batch_size, experts.device).run(features), 1)
+    with forward_only(experts.device), _hook(head, look):
+        for patch in experts.bar(experts.patches, "what the head reads"):
+            network(experts.images([patch]))
+    inputs = torch.cat(features, 1)
     target = torch.cat([logits for _, logits in lessons], 1).float().to(inputs.device)[None]
     inputs = torch.cat([inputs, torch.full_like(inputs[:1], head.bias is not None)])
     bias = torch.zeros(len(target[0]), device=target.device) if head.bias is None else head.bias.detach()

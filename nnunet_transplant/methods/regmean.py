@@ -23,6 +23,7 @@ from nnunet_transplant.vectors import TaskVectors, Tensors
 
 MEMORY = 0.25  # share of what the device has left for Gram matrices; for more layers the patches pass again
 FEWEST = 1 << 14  # rows that layers with few inputs take, too
+BLOCK = 1024  # inputs of which Gram matrices are made at a time: those on one side of the diagonal
 
 Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Positions = Annotated[int, "voxels that a layer takes of each patch, at most", Range(1, 2 ** 31 - 1)]
@@ -37,7 +38,7 @@ def regmean(vectors: TaskVectors, experts: Experts,
                                     Range(0.0, 1.0)] = 0.9,
             positions: Positions = 1024,
             rows: Annotated[int, "voxels of all patches that a layer takes for each number that it reads, at most (but "
-                            f"{FEWEST})", Range(1, 2 ** 31 - 1)] = 4,
+                            f"{FEWEST})", Range(1, 2 ** 31 - 1)] = 1,
             seed: Seed = 0) -> Callable[[Tensors], torch.Tensor]:
     """The solution for kernels, the weighted mean for everything else."""
     layers = {name: cast(Convolution, module) for name, module in module_weights(experts.network(0)).items()
@@ -53,7 +54,7 @@ def regmean(vectors: TaskVectors, experts: Experts,
             seen = experts.kept("grams", [model], [positions, rows, seed], look) if keep else look()
             for name, gram in seen.items():
                 theta = vectors.thetas[model][name].float().to(experts.device)
-                sums[name].add(gram, as_matrix(theta, layers[name]), weight, off_diagonal)
+                sums[name].add(gram.to(experts.device), as_matrix(theta, layers[name]), weight, off_diagonal)
         for name in experts.bar(names, "solving for the layers"):
             solved[name] = as_kernel(sums.pop(name).solution(), layers[name]).cpu()
 
@@ -113,20 +114,24 @@ class Sums:
         self.mean = torch.zeros_like(self.right)  # for inputs that are always zero
 
     def add(self, gram: torch.Tensor, matrix: torch.Tensor, weight: float, off_diagonal: float) -> None:
-        scaled = gram * off_diagonal
-        scaled.diagonal().copy_(gram.diagonal())
-        self.gram.add_(scaled, alpha=weight)
-        self.right.addmm_(scaled, matrix, alpha=weight)
+        diagonal = gram.diagonal()
+        self.gram.add_(gram, alpha=weight * off_diagonal)
+        self.gram.diagonal().add_(diagonal, alpha=weight * (1 - off_diagonal))
+        self.right.addmm_(gram, matrix, alpha=weight * off_diagonal)
+        self.right.add_(diagonal[:, None] * matrix, alpha=weight * (1 - off_diagonal))
         self.mean.add_(matrix, alpha=weight)
 
     def solution(self) -> torch.Tensor:
-        diagonal = self.gram.diagonal()
-        seen = diagonal > 0
-        scale = torch.where(seen, diagonal, 1.0).rsqrt()  # unit diagonal: as well-conditioned as it gets
-        system = self.gram * scale * scale[:, None]
+        """Once: its memory is that of the matrix."""
+        system = self.gram
+        seen = system.diagonal() > 0
+        scale = torch.where(seen, system.diagonal(), 1.0).rsqrt()  # unit diagonal: as well-conditioned as it gets
+        system.mul_(scale).mul_(scale[:, None])
         system.diagonal().copy_(torch.where(seen, 1.0 + 1e-6, 1.0))
-        solved = scale[:, None] * torch.linalg.solve(system, scale[:, None] * self.right)
-        return torch.where(seen[:, None], solved, self.mean)
+        right = scale[:, None] * self.right
+        factor, failed = torch.linalg.cholesky_ex(system)
+        solved = torch.linalg.solve(system, right) if failed else torch.cholesky_solve(right, factor)
+        return torch.where(seen[:, None], scale[:, None] * solved, self.mean)
 
 
 def grams(experts: Experts, model: int, names: Iterable[str], positions: int, rows_each: int,
@@ -146,8 +151,7 @@ def grams(experts: Experts, model: int, names: Iterable[str], positions: int, ro
         most = min(positions, math.ceil(max(rows_each * size, FEWEST) / len(experts.patches)))
 
         def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            rows = input_rows(cast(Convolution, layer), inputs[0], most, generator).float()
-            gram.addmm_(rows.T, rows)
+            add_products(gram, input_rows(cast(Convolution, layer), inputs[0], most, generator).float())
         layer.register_forward_pre_hook(hook)
 
     for name in names:
@@ -155,7 +159,20 @@ def grams(experts: Experts, model: int, names: Iterable[str], positions: int, ro
     with forward_only(experts.device):
         for patch in experts.bar(experts.patches, f"layer inputs of model {model + 1}"):
             network(experts.images([patch]))
+    for gram in found.values():
+        mirror(gram)
     return found
+
+
+def add_products(gram: torch.Tensor, rows: torch.Tensor) -> None:
+    """gram += rows^T rows, on the diagonal and above: half of the work. `mirror` makes the rest."""
+    for start in range(0, len(gram), BLOCK):
+        gram[start:start + BLOCK, start:].addmm_(rows[:, start:start + BLOCK].T, rows[:, start:])
+
+
+def mirror(gram: torch.Tensor) -> None:
+    for start in range(0, len(gram), BLOCK):
+        gram[start + BLOCK:, start:start + BLOCK] = gram[start:start + BLOCK, start + BLOCK:].T
 
 
 def input_rows(layer: Convolution, inputs: torch.Tensor, positions: int, generator: torch.Generator) -> torch.Tensor:

@@ -85,6 +85,16 @@ def volumes(tmp_path: Path, nnunet_folders: None) -> Volumes:
     return Volumes([501], 2)
 
 
+def test_half_of_the_products_and_a_mirror_make_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regmean, "BLOCK", 3)
+    rows = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    gram = torch.zeros(8, 8)
+    for _ in range(2):
+        regmean.add_products(gram, rows)
+    regmean.mirror(gram)
+    torch.testing.assert_close(gram, 2 * rows.T @ rows)
+
+
 @pytest.mark.parametrize("dim", [2, 3])
 def test_gram_matrices_are_of_what_the_layers_see(tmp_path: Path, volumes: Volumes, dim: int) -> None:
     """Row by row from what comes into each layer, patch by patch; and of no more rows than a layer may take."""
