@@ -60,7 +60,7 @@ def flatness(models: Sequence[Path | str], dataset: str | int, fold: str | int =
     bounds: dict[str, Any] = {}
     for label, model in zip(labels, opened, strict=True):
         risk = open_risk(model, volumes, n_patches, seed, where, progress)
-        fisher = torch.cat([each.reshape(-1) for each in fisher_diagonal(risk).values()])
+        fisher = torch.cat([each.reshape(-1) for each in fisher_diagonal(risk).values()]).cpu()  # MPS has no float64
         of_model = found[label] = {
             "path": str(model.path.resolve()), "sha256": file_sha256(model.path), "parameters": fisher.numel(),
             "cases": {patch.cases.dataset: list(patch.cases.files) for patch in risk.patches}, "loss": risk.mean(),
