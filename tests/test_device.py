@@ -1,11 +1,14 @@
 """Which device networks run on, in which precision, and what happens when its memory runs out."""
+import importlib
 import multiprocessing
+import pkgutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from factory import write_volumes
 
 from nnunet_transplant import device
 from nnunet_transplant.device import (
@@ -65,6 +68,35 @@ def test_memory_is_what_the_machine_says(tmp_path: Path, monkeypatch: pytest.Mon
     assert memory_left(torch.device("cuda")) == 123
     monkeypatch.setattr(device, "Path", lambda name: tmp_path / "nothing")
     assert memory_left(torch.device("cpu")) == 8 << 30  # not Linux
+
+
+WITH_A_DEVICE = {
+    "merge": ["-m", "A", "B", "-fit", "head", "-d", 501], "predict": ["-m", "A", "-i", ".", "-o", "out"],
+    "evaluate": ["-m", "A", "-d", 501], "sweep": ["-m", "A", "B", "-d", 501],
+    "flatness": ["-m", "A", "-d", 501], "landscape": ["-m", "A", "B", "-d", 501]}
+
+
+def test_every_command_with_a_device_is_here(run: Callable) -> None:
+    package = importlib.import_module("nnunet_transplant.cli")
+    commands = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    found = {name for name in commands if name not in ("common", "steps") and "-device " in run(name, "-h")[1]}
+    assert found == set(WITH_A_DEVICE)
+
+
+@pytest.mark.parametrize("there", [set()], indirect=True, ids=["none"])
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+@pytest.mark.parametrize("command", WITH_A_DEVICE)
+def test_a_device_that_is_not_there_is_said_before_models_are_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nnunet_folders: None, run: Callable, there: set[str],
+        command: str, name: str) -> None:
+    """None of the models is there: to read them would be another error."""
+    monkeypatch.chdir(tmp_path)
+    write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "A": 1}, 1, (8, 8, 8))
+    status, out, err = run(command, *WITH_A_DEVICE[command], "-o", "out", "-f", "all", "-device", name)
+    assert (status, out) == (1, "")
+    assert err == (f"nnunet_transplant_{command}: error: this machine has no {name} device: leave out -device, or "
+                   "choose cpu\n")
+    assert not Path("out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
