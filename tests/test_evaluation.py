@@ -217,7 +217,7 @@ def happens(event: threading.Event) -> None:
 
 
 def test_predictions_are_the_files_of_nnunets_own_predictor(dataset: Path, tmp_path: Path) -> None:
-    models = [random_model(tmp_path / "parent", seed=5, axes=(0, 2)),
+    models = [random_model(tmp_path / "parent", seed=5, axes=(0,)),
               random_model(tmp_path / "other", seed=6, plans=small_plans(spacing=1.5))]
     run(models, tmp_path / "out", fold="all")
     for model in models:
@@ -292,19 +292,21 @@ def test_cases_keep_their_order_whichever_is_scored_first(dataset: Path, tmp_pat
 
 def test_few_predictions_are_in_memory(dataset: Path, tmp_path: Path, two_threads: None,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the export takes: of nine those that two threads have, one that waits and one that is made."""
+    """However long an export takes: of nine those that two threads have, one that waits and one that is made."""
     there: weakref.WeakSet = weakref.WeakSet()
     most = []
-    predict = evaluation._predict
+    too_many = threading.Event()
 
-    def predicting(*arguments: object) -> torch.Tensor:
-        logits = predict(*arguments)
+    def predict(contender: object, image: np.ndarray) -> torch.Tensor:
+        logits = torch.zeros(3, *image.shape[1:], dtype=torch.half)
         there.add(logits)
         most.append(len(there))
+        if most[-1] > 4:
+            too_many.set()
         return logits
 
-    monkeypatch.setattr(evaluation, "_predict", predicting)
-    watch(monkeypatch, "_export", lambda call: time.sleep(0.1))
+    monkeypatch.setattr(evaluation, "_predict", predict)
+    watch(monkeypatch, "_export", lambda _: too_many.wait(0.5))
     run([random_model(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two", "three"))],
         tmp_path / "out", fold="all")
     assert len(most) == 9 and max(most) <= 4
