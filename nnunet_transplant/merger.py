@@ -23,8 +23,8 @@ from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models
 from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.stages import matching, scales
-from nnunet_transplant.vectors import Tensors, in_parallel
-from nnunet_transplant.volumes import Volumes, open_patches
+from nnunet_transplant.vectors import TaskVectors, Tensors, in_parallel, weighted_sum
+from nnunet_transplant.volumes import READERS, Volumes, open_patches
 
 SAME_BASE_COSINE = 0.5  # fine-tuned siblings lie above 0.9, independently trained networks near 0
 AVERAGE = Recipe()
@@ -119,7 +119,9 @@ class Merger:
     def _read(self, volumes: Volumes, labels: bool) -> None:
         if self._experts.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # as nnU-Net: all patches have one size
-        patches = open_patches(volumes, self.models[0], self._experts.see, self.progress, labels)
+        on_cpu = self._experts.device.type == "cpu"  # where networks, which take longer, want the cores
+        patches = open_patches(volumes, self.models[0], self._experts.see, self.progress, labels,
+                               1 if on_cpu else READERS)
         self._experts, self._labelled = replace(self._experts, patches=patches), labels
 
     def _say_cost(self) -> None:
@@ -237,10 +239,25 @@ class Merger:
         merged, more = self._mean(recipe, aligned, each)
         found = found | more
         for step in self.fits:
-            merged, more = step.call(settings[step.name], merged=merged,
-                                     experts=self._with_labels(join(self.models, each)))
+            inputs = {"merged": merged, "experts": self._with_labels(join(self.models, each))}
+            if "vectors" in step.inputs:
+                inputs["vectors"] = self._vectors(aligned, each)
+            merged, more = step.call(settings[step.name], **inputs)
             found = found | more
         return recipe, merged, found
+
+    def _vectors(self, aligned: Experts, weights: Sequence[float]) -> TaskVectors:
+        """Of the body, in common units, beside the base, where one is known and models keep its units; else beside the
+        mean."""
+        names = [name for name in self.models[0].layout.body if aligned.tensors[0][name].is_floating_point()]
+        thetas = [{name: tensors[name] for name in names} for tensors in aligned.tensors]
+        kept = (model.theta_0() for model in self.models)
+        base = None if self.aligner is not None else \
+            self.theta_0 or next((theta_0 for theta_0 in kept if theta_0 is not None), None)
+        if base is None:
+            base = {name: weighted_sum([theta[name].float() for theta in thetas], [1 / len(thetas)] * len(thetas))
+                    for name in names}
+        return TaskVectors(base, thetas, weights)
 
     def _align(self, recipe: Recipe, weights: Sequence[float]) -> tuple[Experts, dict[str, Any]]:
         """The models in common units. The last ones are kept: many merges differ only in their weights."""

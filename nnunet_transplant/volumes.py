@@ -70,14 +70,15 @@ def configuration_of(model: TrainedModel) -> ConfigurationManager:
 
 
 def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None,
-                 progress: bool = False, labels: bool = True) -> list[Patch]:
+                 progress: bool = False, labels: bool = True, readers: int = READERS) -> list[Patch]:
     """Read and preprocess volumes by a model's plans and keep patches of them: all that cover them, side by side, where
     these are not too many. Otherwise every volume gives as many as the others: half of them centred on a voxel where
     there is something to segment, as far as they then lie in the volume, the others out of those that cover it. The
     same for the same volumes.
 
     look: says where there is something to segment; without it, or where it sees nothing, patches lie anywhere.
-    labels: whether to read the label maps, too, where there are any.
+    labels: whether to read the label maps, too, where there are any. readers: volumes read at the same time; a CT takes
+        1.5 GB while it is resampled.
     Raises TransplantError for datasets, cases or channels that are not there, and for second stages of a cascade.
     """
     if volumes.n_patches < 1:
@@ -88,7 +89,8 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
     count = sum(len(cases.files) for cases in chosen)
     patches: list[Patch] = []
     size = configuration_of(model).patch_size
-    bar = tqdm(preprocess(chosen, model, labels), desc="reading volumes", total=count, delay=3, disable=not progress)
+    bar = tqdm(preprocess(chosen, model, labels, readers), desc="reading volumes", total=count, delay=3,
+               disable=not progress)
     for index, (data, values, cases) in enumerate(bar):
         most = math.ceil((volumes.n_patches - len(patches)) / (count - index))
         for image, there in cut(data, values, size, most, partial(look, index) if look is not None else None, index):
@@ -137,8 +139,8 @@ def preprocessed(volumes: Volumes, model: TrainedModel) -> Iterator[tuple[np.nda
     return preprocess([_choose(open_cases(dataset), volumes) for dataset in volumes.datasets], model)
 
 
-def preprocess(datasets: Sequence[Cases], model: TrainedModel,
-               labels: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:
+def preprocess(datasets: Sequence[Cases], model: TrainedModel, labels: bool = True,
+               readers: int = READERS) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:
     """Each volume as the model's plans preprocess it: image (channels, x, y, z), label values (x, y, z) or None where
     the case has no label map or `labels` is False, and the dataset's cases. What nnUNet_preprocessed holds so is read
     from there. Several are read at the same time, on threads: what takes long in it lets others work."""
@@ -165,7 +167,7 @@ def preprocess(datasets: Sequence[Cases], model: TrainedModel,
         return np.asarray(data, np.float32), None if label is None else np.asarray(seg)[0], cases
 
     wanted = [(cases, _preprocessed_folder(cases, model), case) for cases in datasets for case in cases.files]
-    return ahead(read, wanted, min(READERS, os.cpu_count() or 1))
+    return ahead(read, wanted, min(readers, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)

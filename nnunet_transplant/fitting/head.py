@@ -72,7 +72,7 @@ def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) 
     return head
 
 
-@fit("head", "the head of full resolution, without labels: seconds, and half of the merge",
+@fit("head", "the head of full resolution, without labels: a pass of every model, and half of the merge",
      reference="this package; after Distilling the Knowledge in a Neural Network, Hinton et al., 2015",
      url="https://arxiv.org/abs/1503.02531",
      passes=lambda experts, settings: (len(experts.models) + 1) * len(experts.patches))

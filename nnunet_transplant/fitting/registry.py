@@ -11,7 +11,8 @@ class Fit(Step):
     """A fit: merged tensors in, better ones out."""
 
 
-FITS: Registry[Fit] = Registry("fit", "nnunet_transplant.fits", [("merged", "experts")])
+FITS: Registry[Fit] = Registry("fit", "nnunet_transplant.fits", [
+    ("merged", "experts"), ("merged", "experts", "vectors")])
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,8 +21,9 @@ def fit(name: str, summary: str, *, reference: str, url: str,
         needs: Sequence[Needs] = ("volumes",), passes: Passes | None = None) -> Callable[[F], F]:
     """Make a function a fit: `-fit name` on the command line.
 
-    The function takes `merged` (tensors by canonical name) and `experts` (an `Experts`), and gives such tensors. Its
-    options are its annotated parameters (see `steps`).
+    The function takes `merged` (tensors by canonical name) and `experts` (an `Experts`), and gives such tensors. It may
+    take `vectors`, too (a `TaskVectors`): the models as they were merged, beside their base, or beside their mean where
+    they were aligned or their base is not known. Its options are its annotated parameters (see `steps`).
     """
     def declare(function: F) -> F:
         FITS.add(Fit(name, summary, reference, url, function, *read_signature(function), tuple(needs), passes=passes))

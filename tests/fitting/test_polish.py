@@ -10,7 +10,8 @@ from teaching import PLANS, REGIONS, loss_of, mean_of, opened, write_same, write
 
 from nnunet_transplant.ensemble import Teacher, divergence
 from nnunet_transplant.errors import TransplantError, TransplantNote
-from nnunet_transplant.fitting.polish import gradients, polish
+from nnunet_transplant.fitting.descent import gradients
+from nnunet_transplant.fitting.polish import polish
 from nnunet_transplant.volumes import Patch
 
 

@@ -1,0 +1,70 @@
+"""Steps of a merged network towards what the experts say of a few images, without labels."""
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_transplant.architecture import canonical_names
+from nnunet_transplant.device import BatchSize, with_gradients
+from nnunet_transplant.ensemble import Teacher, divergence
+from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.volumes import Patch
+
+
+def passes_of_steps(experts: Experts, settings: Mapping[str, Any]) -> float:
+    """Of the teacher, and of the network forward and backward."""
+    return settings["steps"] * experts.configuration.batch_size * (len(experts.models) + 3)
+
+
+def descend(experts: Experts, network: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None],
+            steps: int, seed: int, what: str) -> None:
+    """So many steps of a network, in place: down the mean over voxels of the Kullback-Leibler divergence from the
+    ensemble's probabilities, a batch of the plans' size at a time. No labels, no augmentation.
+
+    step: moves the network by the gradients of its parameters. The learning rates of the optimizer fall to 0 as a
+    cosine.
+    """
+    teacher = experts.once("teacher", lambda: Teacher(experts))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    size = experts.configuration.batch_size
+    batch_size = BatchSize(size, experts.device)
+    for chosen in experts.bar(list(batches(len(experts.patches), size, steps, seed)), what):
+        batch_size.run(partial(gradients, experts, network, teacher, [experts.patches[i] for i in chosen]))
+        step()
+        schedule.step()
+
+
+def gradients(experts: Experts, network: nn.Module, teacher: Teacher, patches: Sequence[Patch], size: int) -> None:
+    """Those of the divergence from the teacher, the mean over the patches, of which so many pass the network at a
+    time."""
+    network.zero_grad()
+    for start in range(0, len(patches), size):
+        some = patches[start:start + size]
+        target = teacher(some).float()
+        with with_gradients(experts.device):
+            logits = network(experts.images(some))
+        (divergence(logits.float(), target, experts.regions) * (len(some) / len(patches))).backward()
+
+
+def state_of(network: nn.Module, like: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """A network's tensors by canonical name, of the types of others. Raises TransplantError for NaN and Inf."""
+    canonical = canonical_names(network)
+    found = {canonical[key]: tensor.detach().cpu().to(like[canonical[key]].dtype)
+             for key, tensor in network.state_dict().items()}
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in found.values()):
+        raise TransplantError(f"-fit {name} diverged: give a smaller -lr")
+    return like | found
+
+
+def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """So many batches of patches, each patch once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < size:
+            queue += torch.randperm(count, generator=generator).tolist()
+        yield queue[:size]
+        del queue[:size]

@@ -1,0 +1,82 @@
+"""Coefficients of entries, against Adam's steps of all of them, written out."""
+from pathlib import Path
+
+import pytest
+import torch
+from factory import write_model
+from teaching import PLANS, REGIONS, loss_of, mean_of, opened, write_same, write_tasks
+from torch.func import functional_call
+
+from nnunet_transplant.architecture import canonical_names
+from nnunet_transplant.ensemble import Teacher, divergence
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.fitting.descent import batches
+from nnunet_transplant.fitting.entries import HEAD_LR, entries
+from nnunet_transplant.vectors import TaskVectors
+
+
+def vectors_of(experts: Experts, step: float = 0.1) -> TaskVectors:
+    """The body beside a base that is somewhere near; of one tensor all are at the base."""
+    body = experts.models[0].layout.body
+    generator = torch.Generator().manual_seed(3)
+    base = {name: experts.tensors[0][name] + step * torch.randn(experts.tensors[0][name].shape, generator=generator)
+            for name in body}
+    base[body[0]] = experts.tensors[0][body[0]].clone()
+    thetas = [{name: base[name].clone() if name == body[0] else tensors[name] for name in body}
+              for tensors in experts.tensors]
+    return TaskVectors(base, thetas, [1 / len(thetas)] * len(thetas))
+
+
+def plain_entries(merged: dict[str, torch.Tensor], experts: Experts, vectors: TaskVectors, steps: int,
+                  lr: float) -> dict[str, torch.Tensor]:
+    """theta = merged + sum_t (lambda_t - lambda_t at the start) tau_t, all lambda_t by Adam, nothing shared."""
+    network, teacher = experts.merged_network(merged), Teacher(experts)
+    canonical = canonical_names(network)
+    taus = {name: torch.stack(vectors.block(name).taus) for name in vectors.names}
+    moved = {name: torch.zeros_like(tau).requires_grad_() for name, tau in taus.items()}
+    heads = {name: merged[name].clone().requires_grad_() for name in experts.models[0].layout.heads}
+    optimizer = torch.optim.Adam([{"params": list(moved.values()), "lr": lr},
+                                  {"params": list(heads.values()), "lr": HEAD_LR}])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def now() -> dict[str, torch.Tensor]:
+        return heads | {name: merged[name] + (moved[name] * taus[name]).sum(0) for name in taus}
+    for chosen in batches(len(experts.patches), experts.configuration.batch_size, steps, 0):
+        patches = [experts.patches[index] for index in chosen]
+        tensors = now()
+        logits = functional_call(network, {name: tensors[canonical[name]] for name in network.state_dict()},
+                                 (experts.images(patches),))
+        optimizer.zero_grad()
+        divergence(logits, teacher(patches).float(), experts.regions).backward()
+        optimizer.step()
+        schedule.step()
+    return {name: tensor.detach() for name, tensor in now().items()}
+
+
+@pytest.mark.parametrize("kind", ["folds", "tasks", "regions"])
+def test_one_number_for_each_entry_is_adam_of_all_coefficients(tmp_path: Path, kind: str) -> None:
+    folders = {"folds": write_same, "tasks": write_tasks, "regions": lambda folder: [
+        write_model(folder / f"r{seed}", REGIONS, [1, 2], plans=PLANS, seed=seed) for seed in range(2)]}[kind](tmp_path)
+    experts = opened(folders)
+    vectors = vectors_of(experts)
+    merged = mean_of(experts)
+    kept = {name: tensor.clone() for name, tensor in merged.items()}
+    found, expected = (function(merged, experts, vectors, 3, 0.03) for function in (entries, plain_entries))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in kept.items())  # the merged one itself stays
+    images = experts.images(experts.patches)
+    with torch.no_grad():  # weights alone say less: where a gradient is 0 but for rounding, a step is a matter of chance
+        start, one, other = (experts.merged_network(tensors)(images) for tensors in (merged, found, expected))
+    assert float((one - other).norm()) < 0.02 * float((start - other).norm())
+    still = experts.models[0].layout.body[0]
+    assert torch.equal(found[still], merged[still])  # no expert moved it
+
+
+@pytest.mark.parametrize("kind", ["folds", "tasks"])
+def test_entries_bring_the_merged_model_nearer_to_the_ensemble(tmp_path: Path, kind: str) -> None:
+    experts = opened({"folds": write_same, "tasks": write_tasks}[kind](tmp_path))
+    merged, vectors = mean_of(experts), vectors_of(experts)
+    fitted = entries(merged, experts, vectors, 20)
+    assert loss_of(experts, fitted, False) < 0.8 * loss_of(experts, merged, False)
+    again = entries(merged, experts, vectors, 20)
+    assert all(torch.equal(fitted[name], again[name]) for name in fitted)
+    assert set(fitted) == set(merged)
