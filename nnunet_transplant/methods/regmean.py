@@ -38,7 +38,7 @@ def regmean(vectors: TaskVectors, experts: Experts,
                                     Range(0.0, 1.0)] = 0.9,
             positions: Positions = 1024,
             rows: Annotated[int, "voxels of all patches that a layer takes for each number that it reads, at most (but "
-                            f"{FEWEST})", Range(1, 2 ** 31 - 1)] = 2,
+                            f"{FEWEST})", Range(1, 2 ** 31 - 1)] = 1,
             seed: Seed = 0) -> Callable[[Tensors], torch.Tensor]:
     """The solution for kernels, the weighted mean for everything else."""
     layers = {name: cast(Convolution, module) for name, module in module_weights(experts.network(0)).items()
