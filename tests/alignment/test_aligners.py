@@ -79,10 +79,10 @@ def once(function: Callable) -> Callable:
 def read_once(function: Callable) -> Callable:
     known: dict[str, list] = {}
 
-    def remember(datasets: Sequence[Cases], model: TrainedModel, labels: bool) -> list:
+    def remember(datasets: Sequence[Cases], model: TrainedModel, labels: bool, readers: int) -> list:
         key = f"{datasets} {model.plans} {labels}"
         if key not in known:
-            known[key] = list(function(datasets, model, labels))
+            known[key] = list(function(datasets, model, labels, readers))
         return known[key]
     return remember
 
