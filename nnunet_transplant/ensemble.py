@@ -22,10 +22,14 @@ class Teacher:
     def __call__(self, patches: Sequence[Patch]) -> torch.Tensor:
         """The logits (patches, rows, *patch_size), in half precision: of models with the same labels the mean, as
         nnU-Net's ensemble; of tasks their scores joined as their heads are."""
-        images = self.experts.images(patches)
+        images, joined = self.experts.images(patches), self.experts.joined
         with forward_only(self.experts.device):
-            return added_up(part_of(network(images).float(), self.experts.joined, model, len(self.networks))
-                            for model, network in enumerate(self.networks)).half()
+            if joined.rows is None:
+                return added_up(network(images).float() / len(self.networks) for network in self.networks).half()
+            total = images.new_zeros(len(images), len(joined.rows) + joined.softmax, *images.shape[2:])
+            for model, network in enumerate(self.networks):
+                add_scores(total, network(images).float(), joined, model)
+            return total.half()
 
 
 def ensemble_logits(experts: Experts) -> Iterator[torch.Tensor]:
@@ -35,17 +39,13 @@ def ensemble_logits(experts: Experts) -> Iterator[torch.Tensor]:
         yield teacher([patch])[0]
 
 
-def part_of(logits: torch.Tensor, joined: JoinedHeads, model: int, models: int) -> torch.Tensor:
-    """What one model's logits (batch, rows, *size) add to the ensemble's."""
-    if joined.rows is None:
-        return logits / models
-    part = logits.new_zeros(len(logits), len(joined.rows) + joined.softmax, *logits.shape[2:])
-    for index, rows in enumerate(joined.rows, start=int(joined.softmax)):
+def add_scores(total: torch.Tensor, logits: torch.Tensor, joined: JoinedHeads, model: int) -> None:
+    """Add what one model's logits (batch, rows, *size) say of its structures to the joined ones, in place."""
+    for index, rows in enumerate(joined.rows or (), start=int(joined.softmax)):
         for owner, row in rows:
             if owner == model:
                 score = logits[:, row] - logits[:, 0] if joined.softmax else logits[:, row]
-                part[:, index] += score / len(rows)
-    return part
+                total[:, index] += score / len(rows)
 
 
 def labels_of(logits: torch.Tensor, regions: bool) -> torch.Tensor:

@@ -1,5 +1,4 @@
 """Merge trained nnU-Net models into one: align, merge, fit, as a recipe says."""
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,8 +10,9 @@ import torch
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import Network, changes_network
 from nnunet_transplant.cache import Cache
-from nnunet_transplant.device import forward_only
-from nnunet_transplant.errors import TransplantError, note
+from nnunet_transplant.check import Check, check
+from nnunet_transplant.cost import say_cost
+from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts, has_running_statistics, running_statistics
 from nnunet_transplant.files import file_sha256
 from nnunet_transplant.heads import JoinedHeads, check_head_rows, join, structures
@@ -24,11 +24,10 @@ from nnunet_transplant.nnunet import nnUNetTrainer
 from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.stages import matching, scales
 from nnunet_transplant.vectors import TaskVectors, Tensors, in_parallel, weighted_sum
-from nnunet_transplant.volumes import READERS, Volumes, open_patches
+from nnunet_transplant.volumes import N_HELD_BACK, READERS, Patch, Volumes, open_patches
 
 SAME_BASE_COSINE = 0.5  # fine-tuned siblings lie above 0.9, independently trained networks near 0
 AVERAGE = Recipe()
-WORTH_SAYING = 20.0     # seconds that looking at volumes takes
 
 
 def merge_folders(model_paths: Sequence[Path | str], folds: Sequence[str] | None = None,
@@ -59,12 +58,12 @@ def merge_groups(groups: Sequence[Sequence[TrainedModel]], recipe: Recipe = AVER
             raise TransplantError("-share writes a model for each input: leave out --per_fold and -out_fold")
         return Merged(merger(groups).merge_shared(), side_by_side=True)
     if not per_fold:
-        return Merged({"all": merger(groups).merge()})
+        return Merged({"all": merger(groups).checked()})
     folds_of = [[model.fold for model in group] for group in groups]
     if any(found != folds_of[0] for found in folds_of):
         raise TransplantError("--per_fold needs the same folds in every model; found " + "; ".join(
             f"{group[0].folder}: {' '.join(found)}" for group, found in zip(groups, folds_of, strict=True)))
-    return Merged({model.fold: merger([[group[i]] for group in groups]).merge() for i, model in enumerate(groups[0])})
+    return Merged({model.fold: merger([[group[i]] for group in groups]).checked() for i, model in enumerate(groups[0])})
 
 
 class _Aligned(NamedTuple):
@@ -110,10 +109,11 @@ class Merger:
                                 device=torch.device(device), shared=shared, progress=progress,
                                 cache=None if cache is None else Cache(cache))
         self._labelled = False
+        self._held_back: list[Patch] = []
         if recipe.volumes is not None:
             self._read(recipe.volumes, recipe.reads_labels)
             if progress:
-                self._say_cost()
+                say_cost(recipe, self._experts, len(self._held_back))
         self._aligned: _Aligned | None = None  # the last
 
     def _read(self, volumes: Volumes, labels: bool) -> None:
@@ -121,22 +121,10 @@ class Merger:
             torch.backends.cudnn.benchmark = True  # as nnU-Net: all patches have one size
         on_cpu = self._experts.device.type == "cpu"  # where networks, which take longer, want the cores
         patches = open_patches(volumes, self.models[0], self._experts.see, self.progress, labels,
-                               1 if on_cpu else READERS)
-        self._experts, self._labelled = replace(self._experts, patches=patches), labels
-
-    def _say_cost(self) -> None:
-        """How long looking at the volumes takes, from one forward pass, and what makes it less."""
-        settings, experts = self.recipe.settings(), self._experts
-        passes = sum(step.passes(experts, settings[step.name]) for step in self.recipe.steps if step.passes is not None)
-        start = time.perf_counter()
-        with forward_only(experts.device):
-            experts.network(0)(experts.images(experts.patches[:1])).sum().item()
-        seconds = passes * (time.perf_counter() - start)
-        if seconds >= WORTH_SAYING:
-            size = "x".join(map(str, experts.configuration.patch_size))
-            note(f"{len(experts.patches)} patches of {size} voxels, about {passes:.0f} passes of a network: about "
-                 f"{in_words(seconds)} on {experts.device.type}. Fewer patches (-n_patches)"
-                 + " or a GPU (-device cuda)" * (experts.device.type == "cpu") + " make it less")
+                               1 if on_cpu else READERS, N_HELD_BACK)
+        self._held_back = [patch for patch in patches if patch.held_back]
+        self._experts = replace(self._experts, patches=[patch for patch in patches if not patch.held_back])
+        self._labelled = labels
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -246,14 +234,35 @@ class Merger:
             found = found | more
         return recipe, merged, found
 
+    def checked(self) -> MergedModel:
+        """As `merge`, with what `check` says."""
+        merged = self.merge()
+        found = self.check(merged)
+        return merged if found is None else replace(
+            merged, provenance=merged.provenance | {"check": found.to_json()}, notes=[*merged.notes, *found.notes()])
+
+    def check(self, merged: MergedModel) -> Check | None:
+        """What a merge kept of the models; None without volumes, and of models that share only a part."""
+        if not self._experts.patches or self.recipe.share:
+            return None
+        canonical = self.models[0].layout.canonical
+        return check(self._with_labels(join(self.models, self.weights_of(self.recipe))), self._held_back,
+                     {canonical[name]: tensor for name, tensor in merged.state_dict.items()},
+                     self._known_base())
+
+    def _known_base(self) -> Network | None:
+        """theta_0 in the units of all models, where it is known."""
+        if self.aligner is not None:
+            return None
+        kept = (model.theta_0() for model in self.models)
+        return self.theta_0 or next((theta_0 for theta_0 in kept if theta_0 is not None), None)
+
     def _vectors(self, aligned: Experts, weights: Sequence[float]) -> TaskVectors:
         """Of the body, in common units, beside the base, where one is known and models keep its units; else beside the
         mean."""
         names = [name for name in self.models[0].layout.body if aligned.tensors[0][name].is_floating_point()]
         thetas = [{name: tensors[name] for name in names} for tensors in aligned.tensors]
-        kept = (model.theta_0() for model in self.models)
-        base = None if self.aligner is not None else \
-            self.theta_0 or next((theta_0 for theta_0 in kept if theta_0 is not None), None)
+        base = self._known_base()
         if base is None:
             base = {name: weighted_sum([theta[name].float() for theta in thetas], [1 / len(thetas)] * len(thetas))
                     for name in names}
@@ -377,12 +386,6 @@ class Merger:
         return [f"these models do not seem to come from one base (cosine of their weights {cosine:.2f}): their merge "
                 "is likely useless. Aligned models need no common base (-align mudsc -d DATASET). Score either with "
                 "nnunet_transplant_evaluate before you use it"]
-
-
-def in_words(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:

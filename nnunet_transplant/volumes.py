@@ -30,6 +30,7 @@ IGNORED = -1  # in targets: voxels of the dataset's ignore label
 N_CASES = 8     # volumes of a dataset, unless told
 N_PATCHES = 32  # of all volumes together, unless told
 SEED = 0        # of the places of patches
+N_HELD_BACK = 8  # patches of all volumes together that no step looks at, to check the merge on
 READERS = 3     # volumes that are read at the same time, as nnUNetv2_predict does
 
 Look = Callable[[int, np.ndarray], np.ndarray]  # number of a volume, its image -> where there is something to segment
@@ -56,6 +57,7 @@ class Patch:
     image: torch.Tensor        # (channels, *patch_size), float32
     values: np.ndarray | None  # (*patch_size): the dataset's own label values, where the case has a label map
     cases: Cases               # the dataset it comes from
+    held_back: bool = False    # it is there to check a merge on, no step looks at it
 
 
 def volumes_of(dataset: str | int, fold: str | int, n_cases: int, cases: str | None = None) -> Volumes:
@@ -70,7 +72,8 @@ def configuration_of(model: TrainedModel) -> ConfigurationManager:
 
 
 def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None,
-                 progress: bool = False, labels: bool = True, readers: int = READERS) -> list[Patch]:
+                 progress: bool = False, labels: bool = True, readers: int = READERS,
+                 n_held_back: int = 0) -> list[Patch]:
     """Read and preprocess volumes by a model's plans and keep patches of them: all that cover them, side by side, where
     these are not too many. Otherwise every volume gives as many as the others: half of them centred on a voxel where
     there is something to segment, as far as they then lie in the volume, the others out of those that cover it. The
@@ -78,7 +81,8 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
 
     look: says where there is something to segment; without it, or where it sees nothing, patches lie anywhere.
     labels: whether to read the label maps, too, where there are any. readers: volumes read at the same time; a CT takes
-        1.5 GB while it is resampled.
+        1.5 GB while it is resampled. n_held_back: how many more patches, held back, out of those that cover the volumes
+        and are not taken.
     Raises TransplantError for datasets, cases or channels that are not there, and for second stages of a cascade.
     """
     if volumes.n_patches < 1:
@@ -88,20 +92,24 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
     chosen = [cases.chosen(spread(list(cases.files), each), labelled=False) for cases in chosen]
     count = sum(len(cases.files) for cases in chosen)
     patches: list[Patch] = []
+    held_back: list[Patch] = []
     size = configuration_of(model).patch_size
     bar = tqdm(preprocess(chosen, model, labels, readers), desc="reading volumes", total=count, delay=3,
                disable=not progress)
     for index, (data, values, cases) in enumerate(bar):
         most = math.ceil((volumes.n_patches - len(patches)) / (count - index))
-        for image, there in cut(data, values, size, most, partial(look, index) if look is not None else None, index):
-            patches.append(Patch(torch.from_numpy(image), there, cases))
-    return patches
+        more = math.ceil((n_held_back - len(held_back)) / (count - index))
+        found = cut(data, values, size, most, partial(look, index) if look is not None else None, index, more)
+        patches += [Patch(torch.from_numpy(image), there, cases) for image, there in found[:most]]
+        held_back += [Patch(torch.from_numpy(image), there, cases, True) for image, there in found[most:]]
+    return patches + held_back
 
 
 def cut(data: np.ndarray, values: np.ndarray | None, size: Sequence[int], most: int,
-        look: Callable[[np.ndarray], np.ndarray] | None, seed: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """At most so many patches of a volume (channels, x, y, z), with their labels: see `open_patches`. 2d patches are
-    slices."""
+        look: Callable[[np.ndarray], np.ndarray] | None, seed: int,
+        more: int = 0) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """At most so many patches of a volume (channels, x, y, z), with their labels, and behind these more that are held
+    back: see `open_patches`. 2d patches are slices."""
     flat = len(size) < data.ndim - 1
     size = (1, *size) if flat else tuple(size)
     whole = pad_nd_image(data, size)
@@ -111,8 +119,9 @@ def cut(data: np.ndarray, values: np.ndarray | None, size: Sequence[int], most: 
     if len(corners) > most:
         rng = np.random.default_rng([SEED, seed])
         around = _around(look(data), data.shape[1:], shape, size, most // 2, rng) if look is not None else []
-        others = rng.permutation(len(corners))[:most - len(around)]
-        corners = [*around, *(corners[i] for i in sorted(others))]
+        order, others = rng.permutation(len(corners)), most - len(around)
+        corners = [*around, *(corners[i] for part in (order[:others], order[others:others + more])
+                              for i in sorted(part))]
     found = []
     for corner in corners:
         inside = tuple(slice(start, start + length) for start, length in zip(corner, size, strict=True))

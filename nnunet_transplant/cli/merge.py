@@ -1,5 +1,6 @@
 from argparse import Namespace
 
+from nnunet_transplant.check import table_of
 from nnunet_transplant.cli.common import (
     add_checkpoint_arguments,
     add_device_argument,
@@ -88,5 +89,9 @@ def say(merged: Merged) -> None:
     print(f"merged {inputs} model{'s' * (inputs > 1)} by "
           + " + ".join(step["name"] for step in merged.provenance["steps"])
           + f"; structures: {', '.join(merged.structures)}")
+    check = merged.provenance.get("check")
+    if check is not None:
+        print(f"agreement with the experts (Dice) on {check['patches']} patches"
+              + " that no step looked at" * check["held_back"] + f":\n{table_of(check['agreement'])}")
     for note in merged.notes:
         print(f"note: {note}")

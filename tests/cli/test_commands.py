@@ -1,5 +1,6 @@
 """The commands as a user meets them: help with an example, and one clear line with a non-zero exit for bad input."""
 import importlib.metadata
+import json
 import os
 import resource
 import subprocess
@@ -47,6 +48,19 @@ def test_merge_says_what_it_wrote(tmp_path: Path, models: list[Path], run: Calla
     status, _, _ = run("merge", "-m", *models, "-o", tmp_path / "numbered", "-out_fold", 0)
     assert status == 0
     assert (tmp_path / "numbered" / "fold_0" / "checkpoint_final.pth").exists()
+
+
+def test_merge_says_what_it_kept_of_the_experts(tmp_path: Path, models: list[Path], nnunet_folders: None,
+                                                run: Callable) -> None:
+    write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "A": 1, "B": 2}, shape=(32, 40, 32))
+    status, out, err = run("merge", "-m", *models, "-o", tmp_path / "merged", "-fit", "head", "-d", 501,
+                           "-n_patches", 3, "-device", "cpu")
+    assert (status, err) == (0, "")
+    agreement = json.loads((tmp_path / "merged" / "merge.json").read_text())["folds"]["all"]["check"]["agreement"]
+    said = out.partition("agreement with the experts (Dice) on 8 patches that no step looked at:\n")[2].splitlines()
+    assert said[0].split() == ["merged", "base,", "head", "fitted"]
+    for line, name in zip(said[1:], "AB", strict=False):
+        assert line.split() == [name, *(f"{of[name]:.3f}" for of in agreement.values())]
 
 
 BAD = {

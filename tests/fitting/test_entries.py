@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factory import write_model
+from factory import dataset_json, random_network, small_plans, write_model, write_volumes
 from teaching import PLANS, REGIONS, loss_of, mean_of, opened, write_same, write_tasks
 from torch.func import functional_call
 
@@ -12,7 +12,11 @@ from nnunet_transplant.ensemble import Teacher, divergence
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.fitting.descent import batches
 from nnunet_transplant.fitting.entries import HEAD_LR, entries
+from nnunet_transplant.merger import Merger
+from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.vectors import TaskVectors
+from nnunet_transplant.volumes import Volumes
 
 
 def vectors_of(experts: Experts, step: float = 0.1) -> TaskVectors:
@@ -62,9 +66,9 @@ def test_one_number_for_each_entry_is_adam_of_all_coefficients(tmp_path: Path, k
     merged = mean_of(experts)
     kept = {name: tensor.clone() for name, tensor in merged.items()}
     found, expected = (function(merged, experts, vectors, 3, 0.03) for function in (entries, plain_entries))
-    assert all(torch.equal(merged[name], tensor) for name, tensor in kept.items())  # the merged one itself stays
+    assert all(torch.equal(merged[name], tensor) for name, tensor in kept.items())  # itself stays
     images = experts.images(experts.patches)
-    with torch.no_grad():  # weights alone say less: where a gradient is 0 but for rounding, a step is a matter of chance
+    with torch.no_grad():  # weights say less: where a gradient is 0 but for rounding, a step is a matter of chance
         start, one, other = (experts.merged_network(tensors)(images) for tensors in (merged, found, expected))
     assert float((one - other).norm()) < 0.02 * float((start - other).norm())
     still = experts.models[0].layout.body[0]
@@ -80,3 +84,41 @@ def test_entries_bring_the_merged_model_nearer_to_the_ensemble(tmp_path: Path, k
     again = entries(merged, experts, vectors, 20)
     assert all(torch.equal(fitted[name], again[name]) for name in fitted)
     assert set(fitted) == set(merged)
+
+
+@pytest.fixture
+def volumes(tmp_path: Path, nnunet_folders: None) -> Volumes:
+    write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "A": 1, "B": 2}, shape=(16, 16, 16))
+    return Volumes([501], 2)
+
+
+def test_the_base_itself_can_be_an_expert(tmp_path: Path, volumes: Volumes) -> None:
+    """Its task vector is zero, and what it knows is among what is learned: one model with both."""
+    base = write_model(tmp_path / "base", {"background": 0, "A": 1}, seed=99)
+    network = random_network(small_plans(), dataset_json({"background": 0, "A": 1}), 99)
+    task = write_model(tmp_path / "task", {"background": 0, "B": 1}, base=network, seed=1, step=0.1)
+    groups = [open_models(folder) for folder in (base, task)]
+    merger = Merger(groups, Recipe(fit=["entries"], parameters={"steps": 5}, volumes=volumes))
+    vectors = merger._vectors(merger._experts, [0.5, 0.5])
+    assert all(not vectors.block(name).taus[0].any() for name in vectors.names)
+    assert any(vectors.block(name).taus[1].any() for name in vectors.names)
+    merged = merger.checked()
+    assert set(merged.dataset_json["labels"]) == {"background", "A", "B"}
+    assert set(merged.provenance["check"]["agreement"]["base, head fitted"]) == {"A", "B"}
+    assert merged.provenance["recipe"]["parameters"] == {"entries.steps": 5, "entries.lr": 0.03, "entries.seed": 0}
+
+
+def test_after_an_alignment_task_vectors_are_differences_to_the_mean(tmp_path: Path, volumes: Volumes) -> None:
+    groups = [open_models(write_model(tmp_path / name, {"background": 0, name: 1}, seed=seed))
+              for seed, name in enumerate("AB")]
+    recipe = Recipe(align="rebasin", fit=["entries"], parameters={"steps": 3}, volumes=volumes)
+    merger = Merger(groups, recipe)
+    aligned, _ = merger._align(recipe, [0.5, 0.5])
+    vectors = merger._vectors(aligned, [0.5, 0.5])
+    for name in vectors.names:
+        one, other = vectors.block(name).taus
+        torch.testing.assert_close(one, -other)
+        torch.testing.assert_close(vectors.block(name).thetas[1], aligned.tensors[1][name])
+    plain = Merger(groups, Recipe(align="rebasin", volumes=volumes)).tensors()
+    found = merger.tensors()
+    assert any(not torch.equal(found[name], plain[name]) for name in vectors.names)

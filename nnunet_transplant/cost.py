@@ -1,0 +1,32 @@
+"""How long looking at volumes takes, said beforehand."""
+import time
+
+from nnunet_transplant.device import forward_only
+from nnunet_transplant.errors import note
+from nnunet_transplant.experts import Experts
+from nnunet_transplant.recipe import Recipe
+
+WORTH_SAYING = 20.0  # seconds
+
+
+def say_cost(recipe: Recipe, experts: Experts, held_back: int) -> None:
+    """From one forward pass; and what makes it less. held_back: patches that the merge is checked on."""
+    settings = recipe.settings()
+    passes = sum(step.passes(experts, settings[step.name]) for step in recipe.steps if step.passes is not None)
+    # a check: the head of the base, and what all say
+    passes += len(experts.patches) + (len(experts.models) + 2) * (held_back or len(experts.patches))
+    start = time.perf_counter()
+    with forward_only(experts.device):
+        experts.network(0)(experts.images(experts.patches[:1])).sum().item()
+    seconds = passes * (time.perf_counter() - start)
+    if seconds >= WORTH_SAYING:
+        size = "x".join(map(str, experts.configuration.patch_size))
+        note(f"{len(experts.patches)} patches of {size} voxels, about {passes:.0f} passes of a network: about "
+             f"{in_words(seconds)} on {experts.device.type}. Fewer patches (-n_patches)"
+             + " or a GPU (-device cuda)" * (experts.device.type == "cpu") + " make it less")
+
+
+def in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
