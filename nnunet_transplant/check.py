@@ -18,6 +18,7 @@ from nnunet_transplant.labels import has_regions
 from nnunet_transplant.volumes import Patch
 
 ENOUGH = 0.9  # agreement below which a structure is worth a warning
+MOST_NAMED = 5
 MERGED, BASE = "merged", "base, head fitted"
 
 
@@ -37,12 +38,13 @@ class Check:
 
     def notes(self) -> list[str]:
         """A warning, where too little is left of a structure."""
-        lost = [f"{name} ({dice:.2f})" for name, dice in self.agreement[MERGED].items()
-                if dice is not None and dice < ENOUGH]
+        lost = sorted((dice, name) for name, dice in self.agreement[MERGED].items() if dice is not None and dice < ENOUGH)
         if not lost:
             return []
-        return [f"the merged model often disagrees with the experts about {', '.join(lost)}: more volumes, more steps "
-                "of a fit (-fit head entries), or fewer models may help"]
+        worst = ", ".join(f"{name} ({dice:.2f})" for dice, name in lost[:MOST_NAMED])
+        more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+        return [f"the merged model often disagrees with the experts about {worst}{more}: more volumes, more steps of a fit "
+                "(-fit head entries), or fewer models may help"]
 
 
 def table_of(agreement: Mapping[str, Mapping[str, float | None]]) -> str:

@@ -9,12 +9,14 @@ from nnunet_transplant.recipe import Recipe
 WORTH_SAYING = 20.0  # seconds
 
 
-def say_cost(recipe: Recipe, experts: Experts, held_back: int) -> None:
-    """From one forward pass; and what makes it less. held_back: patches that the merge is checked on."""
+def say_cost(recipe: Recipe, experts: Experts, held_back: int, base: bool) -> None:
+    """From one forward pass; and what makes it less. held_back: patches that the merge is checked on. base: whether the
+    base is checked beside it."""
     settings = recipe.settings()
     passes = sum(step.passes(experts, settings[step.name]) for step in recipe.steps if step.passes is not None)
-    # a check: the head of the base, and what all say
-    passes += len(experts.patches) + (len(experts.models) + 2) * (held_back or len(experts.patches))
+    passes += (len(experts.models) + 1 + base) * (held_back or len(experts.patches))
+    if base:  # its head learns as -fit head does, from what the experts say
+        passes += (1 + len(experts.models) * ("head" not in recipe.fit)) * len(experts.patches)
     start = time.perf_counter()
     with forward_only(experts.device):
         experts.network(0)(experts.images(experts.patches[:1])).sum().item()

@@ -113,7 +113,7 @@ class Merger:
         if recipe.volumes is not None:
             self._read(recipe.volumes, recipe.reads_labels)
             if progress:
-                say_cost(recipe, self._experts, len(self._held_back))
+                say_cost(recipe, self._experts, len(self._held_back), self._known_base() is not None)
         self._aligned: _Aligned | None = None  # the last
 
     def _read(self, volumes: Volumes, labels: bool) -> None:

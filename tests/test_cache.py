@@ -57,12 +57,13 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "entries"), [
-    (Recipe("fisher"), ["fisher", "fisher"]), (Recipe("regmean"), ["grams", "grams"]),
+    (Recipe("fisher"), ["fisher", "fisher", "lessons"]), (Recipe("regmean"), ["grams", "grams", "lessons"]),
     (Recipe("average", fit=["head"]), ["lessons"]), (Recipe("average", align="mudsc"), ["activations"]),
     (Recipe("fisher", align="activation", fit=["head"]), ["activations", "fisher", "fisher", "lessons"])])
 def test_a_second_merge_pays_only_for_what_is_new(tmp_path: Path, nnunet_folders: None, recipe: Recipe,
                                                   entries: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """And gives the same bytes; with another network or other volumes everything is new."""
+    """And gives the same bytes; with another network or other volumes everything is new. The check wants lessons, too,
+    for the head of the base."""
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", LABELS, shape=(16, 16, 16))
     base = base_network()
     models = [write_model(tmp_path / name, LABELS, base=base, seed=i) for i, name in enumerate("abc")]

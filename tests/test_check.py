@@ -76,6 +76,8 @@ def test_little_agreement_is_a_warning_and_a_table_has_all() -> None:
     (note,) = found.notes()
     assert "about Spleen (0.50):" in note and "Liver" not in note and "Kidney" not in note
     assert not Check({MERGED: {"Liver": 0.95}}, 8, True).notes()
+    (many,) = Check({MERGED: {f"s{i}": i / 10 for i in range(10)}}, 8, True).notes()
+    assert "about s0 (0.00), s1 (0.10), s2 (0.20), s3 (0.30), s4 (0.40) and 4 more:" in many  # s9 is enough
     assert table_of(found.agreement).splitlines() == [
         "        merged  base, head fitted", "Liver    0.950              0.900",
         "Spleen   0.500              0.250", "Kidney       -                  -"]
