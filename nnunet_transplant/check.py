@@ -38,13 +38,14 @@ class Check:
 
     def notes(self) -> list[str]:
         """A warning, where too little is left of a structure."""
-        lost = sorted((dice, name) for name, dice in self.agreement[MERGED].items() if dice is not None and dice < ENOUGH)
+        agreement = self.agreement[MERGED].items()
+        lost = sorted((dice, name) for name, dice in agreement if dice is not None and dice < ENOUGH)
         if not lost:
             return []
         worst = ", ".join(f"{name} ({dice:.2f})" for dice, name in lost[:MOST_NAMED])
         more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
-        return [f"the merged model often disagrees with the experts about {worst}{more}: more volumes, more steps of a fit "
-                "(-fit head entries), or fewer models may help"]
+        return [f"the merged model often disagrees with the experts about {worst}{more}: more volumes, more steps of a "
+                "fit (-fit head entries), or fewer models may help"]
 
 
 def table_of(agreement: Mapping[str, Mapping[str, float | None]]) -> str:
