@@ -32,7 +32,7 @@ Positions = Annotated[int, "voxels that a layer takes of each patch, at most", R
 @method("regmean", "closed-form least squares: each layer nearest to every model's outputs on its own inputs",
         reference="Dataless Knowledge Fusion by Merging Weights of Language Models, Jin et al., ICLR 2023",
         url="https://arxiv.org/abs/2212.09849", weights=CONVEX, needs=("volumes",),
-        passes=lambda experts, settings: 1.6 * len(experts.models) * len(experts.patches))  # and the Gram matrices
+        passes=lambda experts, settings: 1.75 * len(experts.models) * len(experts.patches))  # and the Gram matrices
 def regmean(vectors: TaskVectors, experts: Experts,
             off_diagonal: Annotated[float, "factor of the Gram matrices' entries off the diagonal, the paper's alpha",
                                     Range(0.0, 1.0)] = 0.9,
