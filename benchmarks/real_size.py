@@ -206,7 +206,7 @@ def polish(part: str, folders: list[Path], patches: int) -> str:
     def plain_step() -> None:
         student.zero_grad()
         student(experts.images(batch)).square().mean().backward()
-    teacher = Teacher(experts)
+    teacher = Teacher(experts, 0)
 
     def teach() -> None:
         with torch.no_grad():

@@ -16,7 +16,7 @@ def say_cost(recipe: Recipe, experts: Experts, held_back: int, base: bool) -> No
     passes = sum(step.passes(experts, settings[step.name]) for step in recipe.steps if step.passes is not None)
     passes += (len(experts.models) + 1 + base) * (held_back or len(experts.patches))
     if base:  # its head learns as -fit head does, from what the experts say
-        passes += (1 + len(experts.models) * ("head" not in recipe.fit)) * len(experts.patches)
+        passes += (1 + len(experts.models) * (not recipe.fit)) * len(experts.patches)
     start = time.perf_counter()
     with forward_only(experts.device):
         experts.network(0)(experts.images(experts.patches[:1])).sum().item()

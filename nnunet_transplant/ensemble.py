@@ -1,40 +1,75 @@
 """The ensemble of the models that are merged, as a teacher: what one merged model should say, without any labels."""
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from nnunet_transplant.device import forward_only
-from nnunet_transplant.experts import Experts
+from nnunet_transplant.device import forward_only, memory_left
+from nnunet_transplant.experts import CPU, Experts
 from nnunet_transplant.heads import JoinedHeads, head_rows
 from nnunet_transplant.vectors import added_up
 from nnunet_transplant.volumes import IGNORED, Patch
 
 
 class Teacher:
-    """The ensemble as a network. Holds the networks of all models, which are smaller than the logits of many
-    patches."""
+    """The ensemble as a network. Holds the networks of all models, and in `room` bytes what they said of patches: steps
+    ask about the same ones again and again."""
 
-    def __init__(self, experts: Experts) -> None:
-        self.experts = experts
+    def __init__(self, experts: Experts, room: int) -> None:
+        self.experts, self.room = experts, room
         self.networks = [experts.network(model) for model in range(len(experts.models))]
+        self._said: dict[int, torch.Tensor] = {}  # by the identity of the patch
 
     def __call__(self, patches: Sequence[Patch]) -> torch.Tensor:
         """The logits (patches, rows, *patch_size), in half precision: of models with the same labels the mean, as
         nnU-Net's ensemble; of tasks their scores joined as their heads are."""
-        images, joined = self.experts.images(patches), self.experts.joined
+        return torch.stack([self._of(patch) for patch in patches])
+
+    def _of(self, patch: Patch) -> torch.Tensor:
+        if id(patch) in self._said:
+            return self._said[id(patch)].to(self.experts.device)
+        logits = self._say(patch)
+        if self.room >= logits.nbytes:
+            self.room -= logits.nbytes
+            self._said[id(patch)] = logits.cpu()
+        return logits
+
+    def _say(self, patch: Patch) -> torch.Tensor:
+        images, joined = self.experts.images([patch]), self.experts.joined
         with forward_only(self.experts.device):
             if joined.rows is None:
-                return added_up(network(images).float() / len(self.networks) for network in self.networks).half()
-            total = images.new_zeros(len(images), len(joined.rows) + joined.softmax, *images.shape[2:])
+                logits = (network(images).float() / len(self.networks) for network in self.networks)
+                return added_up(logits)[0].half()
+            total = images.new_zeros(1, len(joined.rows) + joined.softmax, *images.shape[2:])
             for model, network in enumerate(self.networks):
                 add_scores(total, network(images).float(), joined, model)
-            return total.half()
+            return total[0].half()
+
+
+def teacher_of(experts: Experts) -> Teacher:
+    """The one that all steps ask."""
+    return experts.once("teacher", lambda: Teacher(experts, teacher_room()))
+
+
+def teacher_room() -> int:
+    """Bytes."""
+    return memory_left(CPU) // 4
+
+
+def teacher_passes(experts: Experts, visits: int) -> float:
+    """How many passes of a network it takes a teacher to be asked so many times about patches, each as often as the
+    others."""
+    patches = len(experts.patches)
+    rows = len(experts.dataset_json["labels"])
+    kept = min(teacher_room() // (2 * rows * math.prod(experts.configuration.patch_size)), patches)
+    asked = visits / patches  # of each
+    return len(experts.models) * (kept * min(asked, 1) + (patches - kept) * asked)
 
 
 def ensemble_logits(experts: Experts) -> Iterator[torch.Tensor]:
     """What the teacher says of every patch in turn, (rows, *patch_size)."""
-    teacher = Teacher(experts)
+    teacher = teacher_of(experts)
     for patch in experts.bar(experts.patches, "ensemble"):
         yield teacher([patch])[0]
 

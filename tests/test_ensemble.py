@@ -11,12 +11,14 @@ from teaching import PLANS, REGIONS, distribution, opened, write_same, write_tas
 from torch.distributions import kl_divergence
 
 from nnunet_transplant.ensemble import (
+    Teacher,
     agreement,
     divergence,
     ensemble_logits,
     ensemble_targets,
     labels_of,
     reference_targets,
+    teacher_passes,
 )
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
@@ -66,6 +68,21 @@ def test_of_tasks_it_is_every_structures_score_against_background(tasks: list[Pa
     names = {value: name for name, value in labels.items()}
     expected = torch.stack([torch.zeros_like(a[:, 0]), *(score[names[row]] for row in (1, 2, 3))], 1)
     assert_half(ensemble_logits(experts), expected)
+
+
+@pytest.mark.parametrize(("room", "asked"), [(0, 6), (3 * 3 * 16 * 16 * 2, 3), (2 * 3 * 16 * 16 * 2, 4)])
+def test_a_teacher_keeps_what_it_said_in_its_room(same: list[Path], room: int, asked: int,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = opened(same)
+    expected = torch.stack([*ensemble_logits(experts)])
+    teacher, passed = Teacher(experts, room), []
+    teacher.networks[0].register_forward_hook(lambda _, inputs, __: passed.extend(inputs[0]))
+    first, *others = experts.patches
+    torch.testing.assert_close(teacher([first, *others]), expected)
+    torch.testing.assert_close(teacher([*others, first]), expected[[1, 2, 0]])
+    assert len(passed) == asked
+    monkeypatch.setattr("nnunet_transplant.ensemble.teacher_room", lambda: room)
+    assert teacher_passes(experts, 6) == 3 * asked  # of three models
 
 
 def test_regions_keep_their_own_logits(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnunet_transplant.architecture import canonical_names
 from nnunet_transplant.device import BatchSize, with_gradients
-from nnunet_transplant.ensemble import Teacher, divergence
+from nnunet_transplant.ensemble import Teacher, divergence, teacher_of, teacher_passes
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.volumes import Patch
@@ -16,7 +16,8 @@ from nnunet_transplant.volumes import Patch
 
 def passes_of_steps(experts: Experts, settings: Mapping[str, Any]) -> float:
     """Of the teacher, and of the network forward and backward."""
-    return settings["steps"] * experts.configuration.batch_size * (len(experts.models) + 3)
+    visits = settings["steps"] * experts.configuration.batch_size
+    return teacher_passes(experts, visits) + 3 * visits
 
 
 def descend(experts: Experts, network: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None],
@@ -27,7 +28,7 @@ def descend(experts: Experts, network: nn.Module, optimizer: torch.optim.Optimiz
     step: moves the network by the gradients of its parameters. The learning rates of the optimizer fall to 0 as a
     cosine.
     """
-    teacher = experts.once("teacher", lambda: Teacher(experts))
+    teacher = teacher_of(experts)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     size = experts.configuration.batch_size
     batch_size = BatchSize(size, experts.device)

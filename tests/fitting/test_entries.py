@@ -34,7 +34,7 @@ def vectors_of(experts: Experts, step: float = 0.1) -> TaskVectors:
 def plain_entries(merged: dict[str, torch.Tensor], experts: Experts, vectors: TaskVectors, steps: int,
                   lr: float) -> dict[str, torch.Tensor]:
     """theta = merged + sum_t (lambda_t - lambda_t at the start) tau_t, all lambda_t by Adam, nothing shared."""
-    network, teacher = experts.merged_network(merged), Teacher(experts)
+    network, teacher = experts.merged_network(merged), Teacher(experts, 0)
     canonical = canonical_names(network)
     taus = {name: torch.stack(vectors.block(name).taus) for name in vectors.names}
     moved = {name: torch.zeros_like(tau).requires_grad_() for name, tau in taus.items()}

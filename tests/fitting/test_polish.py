@@ -73,7 +73,7 @@ def test_polishing_keeps_types(tmp_path: Path) -> None:
 def test_a_batch_has_the_same_gradient_however_it_passes(same: list[Path], size: int) -> None:
     experts = opened(same, patches=5)
     network = experts.merged_network(mean_of(experts)).requires_grad_(True)
-    teacher = Teacher(experts)
+    teacher = Teacher(experts, 0)
     images = torch.stack([patch.image for patch in experts.patches])
     divergence(network(images), teacher(experts.patches).float(), False).backward()
     expected = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
