@@ -79,7 +79,7 @@ def add_scores(total: torch.Tensor, logits: torch.Tensor, joined: JoinedHeads, m
     for index, rows in enumerate(joined.rows or (), start=int(joined.softmax)):
         for owner, row in rows:
             if owner == model:
-                score = logits[:, row] - logits[:, 0] if joined.softmax else logits[:, row]
+                score = logits[:, row] - logits[:, 0] if joined.against_background else logits[:, row]
                 total[:, index] += score / len(rows)
 
 

@@ -12,7 +12,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.labels import foreground_values, task_labels
+from nnunet_transplant.labels import foreground_values, has_regions, task_labels
 from nnunet_transplant.model_folder import TrainedModel
 from nnunet_transplant.task_vector import RECORD
 from nnunet_transplant.vectors import added_up
@@ -23,7 +23,8 @@ class JoinedHeads:
     """The labels of a merged model, and for each of its structures the models and rows its head comes from."""
     fields: dict[str, Any]                      # labels, regions_class_order and our own key for dataset.json
     rows: list[list[tuple[int, int]]] | None    # per structure: (model, row of its head); None: same labels in all
-    softmax: bool
+    softmax: bool                               # the merged head has a row for background
+    against_background: bool                    # and so have those of the models
 
 
 def structures(model: TrainedModel) -> dict[str, int]:
@@ -62,7 +63,8 @@ def join(models: Sequence[TrainedModel], weights: Sequence[float]) -> JoinedHead
     """
     _check_names(models)
     if all(_label_key(model) == _label_key(models[0]) for model in models):
-        return JoinedHeads(_own_fields(models), None, not models[0].labels.has_regions)
+        softmax = not models[0].labels.has_regions
+        return JoinedHeads(_own_fields(models), None, softmax, softmax)
     kinds = {model.labels.has_regions for model in models}
     if len(kinds) > 1:
         regions = next(model for model in models if model.labels.has_regions)
@@ -73,11 +75,11 @@ def join(models: Sequence[TrainedModel], weights: Sequence[float]) -> JoinedHead
         for name, row in structures(model).items():
             of_structure.setdefault(name, []).append((i, row))
     kept = {name: rows for name, rows in of_structure.items() if any(weights[i] >= 0 for i, _ in rows)} or of_structure
-    softmax = not kinds.pop()
-    fields = _joined_fields(models, kept, softmax)
+    regions = kinds.pop()
+    fields = _joined_fields(models, kept, regions)
     # nnU-Net takes regions in the order of the labels, which the joined labels may have changed
     order = [name for name in fields["labels"] if name in kept]
-    return JoinedHeads(fields, [kept[name] for name in order], softmax)
+    return JoinedHeads(fields, [kept[name] for name in order], not has_regions(fields["labels"]), not regions)
 
 
 def _label_key(model: TrainedModel) -> tuple:
@@ -104,9 +106,10 @@ def _own_fields(models: Sequence[TrainedModel]) -> dict[str, Any]:
 
 
 def _joined_fields(models: Sequence[TrainedModel], kept: dict[str, list[tuple[int, int]]],
-                   softmax: bool) -> dict[str, Any]:
+                   regions: bool) -> dict[str, Any]:
+    """Regions that do not overlap, of a dataset without regions, become its plain labels again."""
     record = _record(models, list(kept))
-    if softmax:
+    if not regions:
         labels: dict[str, Any] = {"background": 0} | {name: i for i, name in enumerate(kept, 1)}
         order = None
     else:
@@ -167,15 +170,15 @@ def scaled_to_one(weights: Sequence[float]) -> list[float]:
 def join_head(heads: Sequence[torch.Tensor], weights: Sequence[float], joined: JoinedHeads) -> torch.Tensor:
     """One head tensor (rows are classes) of the merged model from that of each model, in float32.
 
-    Row of structure s: the weighted mean over the models that have it of W[row] - W[background] (softmax) or W[row]
-    (regions). Raises TransplantError for heads whose rows are not the classes.
+    Row of structure s: the weighted mean over the models that have it of W[row] - W[background], or of regions W[row].
+    Raises TransplantError for heads whose rows are not the classes.
     """
     rows = []
     for sources in joined.rows or ():
         parts = []
         for i, row in sources:
             head = heads[i].float()
-            parts.append(head[row] - head[0] if joined.softmax else head[row])
+            parts.append(head[row] - head[0] if joined.against_background else head[row])
         part_of = scaled_to_one([weights[i] for i, _ in sources])
         rows.append(added_up(w * part for w, part in zip(part_of, parts, strict=True)))
     return torch.stack([torch.zeros_like(rows[0]), *rows] if joined.softmax else rows)

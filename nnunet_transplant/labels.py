@@ -89,12 +89,13 @@ def foreground_values(labels: Labels) -> dict[str, tuple[int, ...]]:
 
 
 def task_labels(classes: Mapping[str, Sequence[str]], parent_labels: Labels,
-                parent_regions_class_order: Sequence[int] | None = None) -> TaskLabels:
+                parent_regions_class_order: Sequence[int] | None = None, regions: bool = False) -> TaskLabels:
     """Labels of a task with these classes (class name -> the parent's label names).
 
-    Disjoint classes of plain labels become the labels 1..C in their order. Classes of a region dataset, or classes
-    that overlap, become regions: voxels are labelled 1..A by which of the classes they belong to, and each class lists
-    the labels it consists of. The ignore label is carried over as the highest value.
+    Disjoint classes of plain labels become the labels 1..C in their order, unless `regions` are asked for. These,
+    classes of a region dataset, and classes that overlap, become regions: voxels are labelled 1..A by which of the
+    classes they belong to, and each class lists the labels it consists of. The ignore label is carried over as the
+    highest value.
 
     Regions keep the parent's order and `regions_class_order` where each is a region of the parent. Otherwise they are
     ordered large to small (by their number of parent labels), and each writes a label that no smaller one has.
@@ -119,7 +120,7 @@ def task_labels(classes: Mapping[str, Sequence[str]], parent_labels: Labels,
     value_map = {0: 0}
     order: list[int] | None = None
     labels: dict[str, Any] = {"background": 0}  # int or list[int]
-    if has_regions(parent_labels) or overlap:
+    if regions or has_regions(parent_labels) or overlap:
         names, writers = _region_order(classes, members, parent_labels, parent_regions_class_order)
         atoms: dict[tuple[bool, ...], int] = {}
         for value in parent_values:

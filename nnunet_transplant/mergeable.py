@@ -135,8 +135,49 @@ def common_theta_0(models: Sequence[TrainedModel], given: Network | None, needin
     if kept is None:
         raise TransplantError(f"{needing} theta_0, the base these models were fine-tuned from: the model folders keep "
                               "none (stock fine-tuning does not), so give it with -base")
-    unknown = [model.name for model in models if model.theta_0_sha256 is None]
-    if unknown:
-        raise TransplantError(f"{unknown[0]} does not record the base it was fine-tuned from: give it with -base")
+    unknown = model_of_unknown_base(models)
+    if unknown is not None:
+        raise TransplantError(f"{unknown.name} does not record the base it was fine-tuned from: give it with -base")
     check_base(kept, models[0])
     return kept
+
+
+def model_of_unknown_base(models: Sequence[TrainedModel]) -> TrainedModel | None:
+    """The first that does not record its base, and is not the base itself of the others."""
+    recorded = common_theta_0_sha256(models)
+    return next((model for model in models if model.theta_0_sha256 is None and (
+        recorded is None or checkpoints.tensors_sha256(model.body()) != recorded)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether models have a base in common.
+
+SAME_BASE_COSINE = 0.5  # fine-tuned siblings lie above 0.9, independently trained networks near 0
+
+
+def have_one_base(models: Sequence[TrainedModel]) -> bool:
+    """Whether models that can merge come from one base: as they record it, or where they do not, as their weights
+    look."""
+    recorded = {model.theta_0_sha256 for model in models}
+    if len(recorded - {None}) > 1:
+        return False
+    return None not in recorded or least_cosine(models, [model.tensors() for model in models]) >= SAME_BASE_COSINE
+
+
+def least_cosine(models: Sequence[TrainedModel], tensors: Sequence[Network]) -> float:
+    """Of the first model's largest tensor with those of the others; 1 for a model alone."""
+    name = max(models[0].layout.body, key=lambda n: tensors[0][n].numel())
+    first, *others = (theta[name].float().reshape(-1) for theta in tensors)
+    return min((float(torch.cosine_similarity(first, other, dim=0)) for other in others), default=1.0)
+
+
+def unrelated(models: Sequence[TrainedModel], tensors: Sequence[Network]) -> list[str]:
+    """A note where models that record no common base look as if they had none."""
+    if not tensors or common_theta_0_sha256(models) is not None:
+        return []
+    cosine = least_cosine(models, tensors)
+    if cosine >= SAME_BASE_COSINE:
+        return []
+    return [f"these models do not seem to come from one base (cosine of their weights {cosine:.2f}): their merge is "
+            "likely useless. Aligned models need no common base (-align mudsc -d DATASET). Score either with "
+            "nnunet_transplant_evaluate before you use it"]

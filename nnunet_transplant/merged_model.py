@@ -2,7 +2,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ class Merged(Mapping[str, MergedModel]):
         """Of the merged model, or of all that are side by side."""
         return list(dict.fromkeys(name for model in self.models.values() for name in model.dataset_json["labels"]
                                   if name not in ("background", "ignore")))
+
+    def told(self, provenance: Mapping[str, Any], notes: Sequence[str]) -> "Merged":
+        """The same, with more to know."""
+        return replace(self, models={
+            name: replace(model, provenance={**model.provenance, **provenance}, notes=[*model.notes, *notes])
+            for name, model in self.models.items()})
 
     def save(self, output: Path | str, *, fold: int | None = None, overwrite: bool = False) -> Path:
         """Write an ordinary nnU-Net model folder, or several in one folder: there whole or not at all.

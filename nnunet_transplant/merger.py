@@ -16,7 +16,14 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts, has_running_statistics, running_statistics
 from nnunet_transplant.files import file_sha256
 from nnunet_transplant.heads import JoinedHeads, check_head_rows, join, structures
-from nnunet_transplant.mergeable import check_base, check_finite, check_mergeable, common_theta_0, common_theta_0_sha256
+from nnunet_transplant.mergeable import (
+    check_base,
+    check_finite,
+    check_mergeable,
+    common_theta_0,
+    common_theta_0_sha256,
+    unrelated,
+)
 from nnunet_transplant.merged_model import Merged, MergedModel
 from nnunet_transplant.methods.apply import merge_tensors
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, open_theta_0
@@ -26,7 +33,6 @@ from nnunet_transplant.stages import matching, scales
 from nnunet_transplant.vectors import TaskVectors, Tensors, in_parallel, weighted_sum
 from nnunet_transplant.volumes import N_HELD_BACK, READERS, Patch, Volumes, open_patches
 
-SAME_BASE_COSINE = 0.5  # fine-tuned siblings lie above 0.9, independently trained networks near 0
 AVERAGE = Recipe()
 
 
@@ -376,16 +382,7 @@ class Merger:
         """Where models that record no common base, and have a weight, look as if they had none."""
         counted = [tensors for tensors, weight in zip(self._experts.tensors, self.weights_of(recipe), strict=True)
                    if weight]
-        if len(counted) < 2 or common_theta_0_sha256(self.models) is not None:
-            return []
-        name = max(self.models[0].layout.body, key=lambda n: counted[0][n].numel())
-        first, *others = (theta[name].float().reshape(-1) for theta in counted)
-        cosine = min(float(torch.cosine_similarity(first, other, dim=0)) for other in others)
-        if cosine >= SAME_BASE_COSINE:
-            return []
-        return [f"these models do not seem to come from one base (cosine of their weights {cosine:.2f}): their merge "
-                "is likely useless. Aligned models need no common base (-align mudsc -d DATASET). Score either with "
-                "nnunet_transplant_evaluate before you use it"]
+        return unrelated(self.models, counted)
 
 
 def _common_trainer(models: Sequence[TrainedModel]) -> type[nnUNetTrainer]:

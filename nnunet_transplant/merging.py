@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_transplant.architecture import Network
+from nnunet_transplant.defaults import choose
 from nnunet_transplant.device import AUTO, torch_device
 from nnunet_transplant.environment import use_our_trainers
 from nnunet_transplant.errors import TransplantError
+from nnunet_transplant.mergeable import check_mergeable
 from nnunet_transplant.merged_model import Merged
 from nnunet_transplant.merger import merge_groups
 from nnunet_transplant.model_folder import CHECKPOINT, TrainedModel, open_models, open_theta_0
@@ -33,9 +35,10 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     """Merge trained nnU-Net models into one ordinary nnU-Net model: `merge([A, B], fit="head", images=5).save(OUT)`.
 
     models: trained model folders, checkpoints inside them, or task vector files.
-    align, method, fit: the steps by name; method `average` unless told; several fits come one after the other. "none"
-        takes a step away that `recipe` or `earlier` has. parameters: options of the steps: `density=0.3`, or of one
-        step alone `**{"ties.density": 0.3}`.
+    align, method, fit: the steps by name; several fits come one after the other. Where none of them is named, and no
+        weights, recipe or earlier merge, they are chosen by what is at hand (see `defaults.choose`); else method
+        `average` and nothing more unless told. "none" takes a step away that `recipe` or `earlier` has. parameters:
+        options of the steps: `density=0.3`, or of one step alone `**{"ties.density": 0.3}`.
     images: dataset(s) whose volumes steps may look at; n_cases (8) of each, spread evenly, out of `cases` (FILE,
         train:K, val:K) or of all; n_patches (32) of all of them together. device: where networks run for this: auto
         (CUDA, else MPS, else the CPU), cuda, mps or cpu.
@@ -75,12 +78,14 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     other: dict[str, Any] = {"weights": weights, "keep_base_for": _several(keep_base_for),
                              "stage_weights": stage_weights, "share": _several(share), "same_channels": same_channels}
     wanted = replace(wanted, **{name: value for name, value in other.items() if value is not None})
+    unsaid = earlier is None and recipe is None and all(each is None for each in (align, method, fit, weights, share))
     wanted = _with_volumes(wanted, images, cases, n_cases, n_patches)
-    wanted.settings()  # what is no option is said before models are opened
+    if not unsaid:
+        wanted.settings()  # what is no option is said before models are opened
     if before.inputs and weights is None and wanted.weights is not None and (given or drop):
         raise TransplantError("the earlier merge had -weights of its own: give new ones for the models of this one, "
                               f"{len(kept.inputs)} kept and {len(given)} new")
-    looks = wanted.volumes is not None and (wanted.looking or wanted.align is not None)
+    looks = wanted.volumes is not None and (unsaid or wanted.looking or wanted.align is not None)
     where = torch_device(device) if looks else "cpu"  # before anything is read
     base = before.base if base is None else base
     theta_0 = None if base is None else open_theta_0(base, checkpoint_name, trust)
@@ -90,7 +95,14 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     if not groups:
         raise TransplantError("no models to merge: give them with -m, or an earlier merge with -from" if earlier is None
                               else "-drop left no models to merge")
-    return merge_groups(groups, wanted, theta_0, base, per_fold or before.per_fold, where, progress, cache)
+    per_fold = per_fold or before.per_fold
+    if not unsaid:
+        return merge_groups(groups, wanted, theta_0, base, per_fold, where, progress, cache)
+    together = [group[0] for group in groups] if per_fold else [model for group in groups for model in group]
+    check_mergeable(together, same_base=False, channels=not wanted.same_channels)
+    choice = choose(together, wanted, theta_0 is not None)
+    return merge_groups(groups, choice.recipe, theta_0, base, per_fold, where, progress, cache).told(
+        {"default": choice.why}, choice.advice)
 
 
 def predict(models: Merged | Path | str | Sequence[Path | str], input: Path | str, output: Path | str, *,

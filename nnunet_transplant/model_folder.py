@@ -67,6 +67,10 @@ class TrainedModel:
         """The network's tensors by canonical name, as maps of the file."""
         return {name: self.stored[name] for name in self.layout.names}
 
+    def body(self) -> dict[str, torch.Tensor]:
+        """As `tensors`, without the heads."""
+        return {name: tensor for name, tensor in self.tensors().items() if name not in self.layout.heads}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor under all of its names, as nnU-Net loads it."""
         tensors = self.tensors()
@@ -286,7 +290,7 @@ def open_theta_0(base: Path | str, checkpoint_name: str = CHECKPOINT, trust: boo
     if len(models) > 1:
         raise TransplantError(f"{base} has {len(models)} folds: give the checkpoint of the one that is the base, "
                               f"such as {models[0].path}")
-    return {name: tensor for name, tensor in models[0].tensors().items() if name not in models[0].layout.heads}
+    return models[0].body()
 
 
 def shortened(value: Any) -> str:

@@ -2,11 +2,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from factory import write_model
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_transplant.errors import TransplantError
-from nnunet_transplant.heads import join, origin, scaled_to_one, structures
+from nnunet_transplant.heads import join, join_head, origin, scaled_to_one, structures
+from nnunet_transplant.labels import task_labels
 from nnunet_transplant.model_folder import TrainedModel, open_models
 
 
@@ -53,6 +55,31 @@ def test_regions_without_a_common_parent_lie_side_by_side(tmp_path: Path) -> Non
     for inner, outer in (("core", "whole"), ("liver", "organs")):  # the inner one is written over the outer one
         assert names.index(outer) < names.index(inner)
         assert written[outer] not in sets[inner] and written[inner] in sets[inner]
+
+
+def region_tasks(tmp_path: Path) -> list[TrainedModel]:
+    """Of a dataset of plain labels, by split_tasks --regions."""
+    parent = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}
+    tasks = [("liver",), ("spleen", "kidney")]
+    made = [task_labels({name: [name] for name in names}, parent, regions=True) for names in tasks]
+    return [model(tmp_path, each.labels, each.regions_class_order, nnunet_transplant={
+        "parent": "Dataset001_P", "parent_labels": parent, "classes": {name: [name] for name in names}})
+        for names, each in zip(tasks, made, strict=True)]
+
+
+def test_regions_of_plain_labels_become_plain_labels_again(tmp_path: Path) -> None:
+    """The best-scoring structure, and background where none is positive: U-Net Transplant's rule."""
+    tasks = region_tasks(tmp_path)
+    joined = join(tasks, [0.5, 0.5])
+    assert joined.fields["labels"] == {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}
+    assert joined.fields["regions_class_order"] is None and joined.softmax
+    heads = [torch.randn(1, 4), torch.randn(2, 4)]
+    features = torch.randn(4, 50)
+    scores = torch.cat([head @ features for head in heads])
+    best = torch.where(scores.amax(0) > 0, scores.argmax(0) + 1, 0)
+    assert torch.equal((join_head(heads, [0.5, 0.5], joined) @ features).argmax(0), best)
+    swapped = join(tasks[::-1], [0.5, 0.5])
+    assert swapped.fields["labels"] == {"background": 0, "spleen": 1, "kidney": 2, "liver": 3}
 
 
 def test_same_labels_keep_their_dataset_json(tmp_path: Path) -> None:

@@ -50,12 +50,13 @@ def test_a_merge_repeats_byte_for_byte(tmp_path: Path, tasks: dict[str, Path], m
 
 
 def test_per_fold_and_task_vector_files_repeat(tmp_path: Path, tasks: dict[str, Path], merge: Callable) -> None:
-    assert merge("folds", "-m", tasks["A"], "-f", "0", "1", "--per_fold") == ""
+    assert merge("folds", "-m", tasks["A"], "-f", "0", "1", "--per_fold", "-method", "average") == ""
     assert merge("folds_again", "-from", tmp_path / "folds") == ""
     assert content(tmp_path / "folds_again") == content(tmp_path / "folds")
     write_model(tmp_path / "base", {"background": 0, "all": 1}, change=base_network().state_dict())
     extract(tasks["B"], tmp_path / "b.safetensors")
-    assert merge("file", "-m", tmp_path / "b.safetensors", tasks["C"], "-base", tmp_path / "base") == ""
+    assert merge("file", "-m", tmp_path / "b.safetensors", tasks["C"], "-base", tmp_path / "base",
+                 "-method", "average") == ""
     assert merge("file_again", "-from", tmp_path / "file") == ""  # merge.json knows the base
     assert content(tmp_path / "file_again") == content(tmp_path / "file")
 
@@ -66,7 +67,7 @@ def test_tasks_are_added_and_dropped(tmp_path: Path, tasks: dict[str, Path], mer
     for i, name in enumerate(("A", "Dataset900_A", tasks["A"])):
         assert merge(f"bc{i}", "-from", tmp_path / "ab", "-drop", name, "-m", tasks["C"]) == ""
         assert content(tmp_path / f"bc{i}") == content(tmp_path / "bc_by_hand")
-    assert merge("abc_by_hand", "-m", *tasks.values()) == ""
+    assert merge("abc_by_hand", "-m", *tasks.values(), "-method", "average") == ""
     assert merge("abc", "-from", tmp_path / "ab", "-method", "average", "-m", tasks["C"]) == ""
     assert content(tmp_path / "abc") == content(tmp_path / "abc_by_hand")  # A's folds still share one weight
 
@@ -198,7 +199,8 @@ def test_recipe_files_merge(tmp_path: Path, tasks: dict[str, Path], merge: Calla
 def test_a_recipe_file_may_name_the_base(tmp_path: Path, tasks: dict[str, Path], merge: Callable) -> None:
     write_model(tmp_path / "base", {"background": 0, "all": 1}, change=base_network().state_dict())
     extract(tasks["B"], tmp_path / "b.safetensors")
-    assert merge("by_hand", "-m", tmp_path / "b.safetensors", tasks["C"], "-base", tmp_path / "base") == ""
+    assert merge("by_hand", "-m", tmp_path / "b.safetensors", tasks["C"], "-base", tmp_path / "base",
+                 "-method", "average") == ""
     path = write(tmp_path / "recipe.json", {"models": ["b.safetensors", str(tasks["C"])], "base": "base"})
     assert merge("merged", "-recipe", path) == ""
     assert content(tmp_path / "merged") == content(tmp_path / "by_hand")

@@ -73,7 +73,7 @@ def run(args: Namespace) -> None:
         print(f"wrote {', '.join(str(args.o / name) for name in merged)}")
         return
     recipe = merged.provenance["recipe"]
-    if len(merged.provenance["inputs"]) > 1 and not recipe["fit"]:
+    if len(merged.provenance["inputs"]) > 1 and not recipe["fit"] and "default" not in merged.provenance:
         print("note: the heads were trained on other networks than the merged one: -fit head -d DATASET fits them "
               "with a few images, without labels, and mostly helps much")
     folds = list(merged) if args.out_fold is None else [str(args.out_fold)]
@@ -88,6 +88,7 @@ def say(merged: Merged) -> None:
     inputs = len(merged.provenance["inputs"])
     print(f"merged {inputs} model{'s' * (inputs > 1)} by "
           + " + ".join(step["name"] for step in merged.provenance["steps"])
+          + (f" (the default for {merged.provenance['default']})" if "default" in merged.provenance else "")
           + f"; structures: {', '.join(merged.structures)}")
     check = merged.provenance.get("check")
     if check is not None:

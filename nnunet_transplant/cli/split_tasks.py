@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("-cases", metavar="FILE",
                         help="a file with one case id per line, or a fold of the dataset as train:0 or val:0, default: "
                              "all cases")
+    parser.add_argument("--regions", action="store_true",
+                        help="make regions of the classes: each has a sigmoid of its own, and nothing is background")
     parser.add_argument("-np", type=int, metavar="N", help="number of processes, default: nnU-Net's")
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="take a model whose checkpoint or plans ask for more than weights; they can run code")
@@ -35,6 +37,7 @@ def _split(args: argparse.Namespace) -> None:
     from nnunet_transplant.data.task_dataset import default_num_processes, split_tasks  # slow import: -h stays quick
 
     split = split_tasks(args.d, args.tasks, args.ids, plans_name=args.p, plans_from=args.plans_from, cases=args.cases,
+                        regions=args.regions,
                         num_processes=default_num_processes if args.np is None else args.np,
                         trust=args.trust_checkpoints, progress=True)
     for note in split.notes:

@@ -18,11 +18,12 @@ KINDS: dict[str, Registry[Any]] = {"align": ALIGNERS, "method": METHODS, "fit": 
 OPTION = "option:"  # before the names of steps' options in parsed arguments
 
 
-def add_step_arguments(parser: Parser, default_method: str = "average") -> None:
-    """-align, -method and -fit."""
+def add_step_arguments(parser: Parser, default_method: str | None = None) -> None:
+    """-align, -method and -fit. default_method: where the steps are not chosen by what is at hand."""
+    chosen = "average, and where no step is named all are chosen by what is at hand"
     group = parser.add_argument_group("the three steps, each listed below; with one of them -h shows its options")
     group.add_argument("-align", metavar="NAME", help="put models with no common base into common units first")
-    group.add_argument("-method", metavar="NAME", help=f"merge; default {default_method}")
+    group.add_argument("-method", metavar="NAME", help=f"merge; default {default_method or chosen}")
     group.add_argument("-fit", nargs="+", metavar="NAME", help="then fit, without labels, to what the models say of "
                                                                "the volumes of -d; several fits one after the other")
 

@@ -78,7 +78,7 @@ class _Source:
 
 def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], *, plans_name: str | None = None,
                 plans_from: int | str | Path | None = None, cases: str | os.PathLike | Sequence[str] | None = None,
-                num_processes: int = default_num_processes, trust: bool = False,
+                regions: bool = False, num_processes: int = default_num_processes, trust: bool = False,
                 progress: bool = False) -> TaskSplit:
     """Write one nnU-Net dataset per task, raw and preprocessed: all of them or, on any error, nothing.
 
@@ -90,6 +90,8 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], *,
         or a trained model folder (or a checkpoint in one), of which nothing else need be on this machine. The parent's
         images are then preprocessed once under these plans, into the first task's folder.
     cases: which of the parent's cases to take (see choose_cases), all by default.
+    regions: make regions of all classes, which a sigmoid head tells from everything else one by one, instead of labels,
+        which a softmax head tells from each other and from background.
     num_processes: cases at a time; 1 starts no process.
     trust: plans of a model that name other classes than networks and layers, and checkpoints that ask for more than
         weights; they can run code.
@@ -102,7 +104,7 @@ def split_tasks(dataset: int | str, tasks: Sequence[str], ids: Sequence[int], *,
     parent, parent_json, files = opened.dataset, opened.dataset_json, opened.files
     parsed = [parse_task(task, parent_json["labels"]) for task in tasks]
     _check_ids(parsed, ids, parent)
-    labels = [task_labels(task.classes, parent_json["labels"], parent_json.get("regions_class_order"))
+    labels = [task_labels(task.classes, parent_json["labels"], parent_json.get("regions_class_order"), regions)
               for task in parsed]
 
     source = _open_source(parent if plans_from is None else plans_from, plans_name, preprocessed_root / parent, trust)

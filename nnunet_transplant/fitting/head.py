@@ -82,7 +82,7 @@ def head(merged: dict[str, torch.Tensor], experts: Experts,
     """The merged tensors with the head of full resolution fitted to the ensemble. See `lessons_of` and `teach_head`."""
     network = experts.merged_network(merged)
     every = range(len(experts.models))
-    lessons = experts.kept("lessons", every, [experts.joined.rows, experts.joined.softmax, seed, positions],
+    lessons = experts.kept("lessons", every, [experts.joined, seed, positions],
                            lambda: lessons_of(experts, seed, positions))
     layer = teach_head(experts, network, lessons)
     canonical = {id(tensor): name for name, tensor in network.named_parameters(remove_duplicate=False)}

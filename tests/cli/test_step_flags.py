@@ -122,7 +122,7 @@ MISSPELT = {
     "no weight": (["-weights", "much"], 2, "argument -weights: invalid float value: 'much'"),
     "number": (["-method", "ties", "-density", "1.5"], 1, "-density must lie between 0 and 1, not 1.5"),
     "number of one step": (["-method", "ties", "-ties.density", "nan"], 1, "must lie between 0 and 1, not nan"),
-    "option of other methods": (["-density", "0.5"], 1,
+    "option of other methods": (["-method", "average", "-density", "0.5"], 1,
                                 "average has no -density: there are no options; ties, dare, della, breadcrumbs, pcb "
                                 "have it"),
     "option of another method": (["-method", "ties", "-off_diagonal", "0.5"], 1,

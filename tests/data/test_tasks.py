@@ -155,6 +155,21 @@ def test_overlapping_classes_of_plain_labels_become_regions_large_to_small() -> 
     assert np.array_equal(written(made.labels, made.regions_class_order, seg), seg)
 
 
+@pytest.mark.parametrize("task", ["T=left_kidney", "T=left_kidney,right_kidney", "T=right_kidney+left_kidney"])
+def test_plain_labels_as_regions_where_they_are_asked_for(task: str) -> None:
+    classes = parse_task(task, ORGANS).classes
+    plain, made = task_labels(classes, ORGANS), task_labels(classes, ORGANS, regions=True)
+    assert not has_regions(plain.labels) and has_regions(made.labels)
+    manager = LabelManager(made.labels, made.regions_class_order)
+    assert manager.num_segmentation_heads == len(classes)  # none for background
+    values = np.array([[[0, 1, 2, 3, 4]]])
+    seg = remap_labels(values, made.value_map)[0]
+    for name, members in classes.items():
+        assert np.array_equal(np.isin(seg[0], made.labels[name]), np.isin(values[0, 0], [ORGANS[m] for m in members]))
+    assert np.array_equal(written(made.labels, made.regions_class_order, seg), np.where(seg == made.labels["ignore"],
+                                                                                       0, seg))
+
+
 def test_same_voxels_twice_and_background_in_a_region_are_refused() -> None:
     with pytest.raises(TransplantError, match="'whole' and 'whole,core' are the same voxels"):
         task_labels(parse_task("T=whole+whole,core", TUMOUR).classes, TUMOUR, TUMOUR_ORDER)
