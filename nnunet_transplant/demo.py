@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -18,14 +19,14 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.evaluation import evaluate
 from nnunet_transplant.figures.demo import save_segmentations_figure
 from nnunet_transplant.merging import merge
-from nnunet_transplant.recipe import Recipe
-from nnunet_transplant.volumes import Volumes
 
 BASE, PARENT = "Dataset801_PhantomA", "Dataset802_PhantomB"
 TASKS = {"LiverSpleen": "Liver+Spleen", "KidneyAorta": "Kidney+Aorta", "Joint": "Liver+Spleen+Kidney+Aorta"}
-LOOK = Volumes(["903"], n_cases=6, cases="train:0")  # images whose labels are not looked at
-RECIPES = {"average": Recipe("average"), "ties": Recipe("ties"),
-           "average, head fitted": Recipe("average", fit=["head"], volumes=LOOK)}
+LOOK = {"images": "903", "cases": "train:0", "n_cases": 6}  # their labels are not looked at
+MERGES: dict[str, dict[str, Any]] = {  # options of `merge`
+    "average": {"method": "average"},
+    "base, head fitted": {"method": "task_arithmetic", "weights": [0, 0], "fit": "head", **LOOK},
+    "default": LOOK}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def run_demo(output: Path, size: DemoSize | None = None) -> pd.DataFrame:
     """Run the demo with nnU-Net's own commands and write everything to a new folder.
 
     Scanner A pre-trains a base on all four organs; scanner B fine-tunes two tasks and, to compare, all organs at once;
-    the two tasks merge as RECIPES say; all are scored on scanner B's validation cases.
+    the two tasks merge as MERGES say; all are scored on scanner B's validation cases.
 
     Returns mean Dice, one row for each organ and one column for each model. Raises TransplantError for an existing
     folder or where an nnU-Net command fails.
@@ -68,9 +69,9 @@ def run_demo(output: Path, size: DemoSize | None = None) -> pd.DataFrame:
     experts = {name: steps.model(f"Dataset{number}_{name}", task) for number, name in enumerate(TASKS, 901)}
     steps.close()
     os.environ.update(steps.variables)
-    merged = {name: output / f"merged_{name}".replace(", ", "_").replace(" ", "_") for name in RECIPES}
+    merged = {name: output / f"merged_{name}".replace(", ", "_").replace(" ", "_") for name in MERGES}
     for name, folder in merged.items():
-        merge([experts["LiverSpleen"], experts["KidneyAorta"]], recipe=RECIPES[name], device="cpu").save(folder)
+        merge([experts["LiverSpleen"], experts["KidneyAorta"]], device="cpu", **MERGES[name]).save(folder)
     return score(steps, experts, merged)
 
 
@@ -82,12 +83,13 @@ def score(steps: "Steps", experts: dict[str, Path], merged: dict[str, Path]) -> 
     names = dict(zip(scores["model"].unique(), [*experts, *merged], strict=True))
     table = scores.assign(model=scores["model"].map(names)).pivot_table(
         index="structure", columns="model", values="dice", aggfunc="mean")
-    table = table.reindex(index=list(ORGANS), columns=["LiverSpleen", "KidneyAorta", *RECIPES, "Joint"])
+    table = table.reindex(index=list(ORGANS), columns=["LiverSpleen", "KidneyAorta", *MERGES, "Joint"])
     table.to_csv(steps.output / "dice.csv")
     case = scores["case"].iloc[0]
     predictions = {name: folder / label / "predictions" / f"{case}.nii.gz" for label, name in names.items()}
     titles = {"LiverSpleen": "expert: liver, spleen", "KidneyAorta": "expert: kidney, aorta",
-              **{method: f"merged: {method}" for method in RECIPES}, "Joint": "trained jointly"}
+              **{name: f"merged: {name}" for name in MERGES}, "base, head fitted": "base, head fitted",
+              "Joint": "trained jointly"}
     panels = [(title, predictions[name], label_values(name, experts, merged)) for name, title in titles.items()]
     save_segmentations_figure(
         steps.raw / PARENT / "imagesTr" / f"{case}_0000.nii.gz",

@@ -35,8 +35,8 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run_quickly, STDOUT=subprocess.STDOUT))
     table = run_demo(tmp_path / "demo", DemoSize(cases=5, features=2, variant="_1epochs_2iterations"))
     assert list(table.index) == list(ORGANS)
-    assert list(table.columns) == ["LiverSpleen", "KidneyAorta", "average", "ties", "average, head fitted", "Joint"]
-    assert table[["average", "ties", "average, head fitted", "Joint"]].notna().all(axis=None)
+    assert list(table.columns) == ["LiverSpleen", "KidneyAorta", "average", "base, head fitted", "default", "Joint"]
+    assert table[["average", "base, head fitted", "default", "Joint"]].notna().all(axis=None)
     assert table["LiverSpleen"].isna().tolist() == [False, False, True, True]  # an expert knows its organs only
     image = matplotlib.image.imread(tmp_path / "demo" / "demo.png")
     assert image.shape[0] > 400 and image.shape[1] > 1500 and image[..., :3].std() > 0.1
