@@ -116,8 +116,8 @@ class Merger:
                                 cache=None if cache is None else Cache(cache))
         self._labelled = False
         self._held_back: list[Patch] = []
-        if recipe.volumes is not None:
-            self._read(recipe.volumes, recipe.reads_labels)
+        if recipe.looked_at is not None:
+            self._read(recipe.looked_at, recipe.reads_labels)
             if progress:
                 say_cost(recipe, self._experts, len(self._held_back), self._known_base() is not None)
         self._aligned: _Aligned | None = None  # the last
@@ -226,8 +226,8 @@ class Merger:
         if weights is not None:
             recipe = replace(recipe, weights=weights)
         each, settings = self.weights_of(recipe), recipe.settings()
-        if self.recipe.volumes is not None and recipe.reads_labels and not self._labelled:
-            self._read(self.recipe.volumes, labels=True)
+        if self.recipe.looked_at is not None and recipe.reads_labels and not self._labelled:
+            self._read(self.recipe.looked_at, labels=True)
             self.__dict__.pop("_unaligned", None)
         aligned, found = self._align(recipe, each)
         merged, more = self._mean(recipe, aligned, each)

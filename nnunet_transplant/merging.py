@@ -40,8 +40,8 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
         `average` and nothing more unless told. "none" takes a step away that `recipe` or `earlier` has. parameters:
         options of the steps: `density=0.3`, or of one step alone `**{"ties.density": 0.3}`.
     images: dataset(s) whose volumes steps may look at; n_cases (8) of each, spread evenly, out of `cases` (FILE,
-        train:K, val:K) or of all; n_patches (32) of all of them together. device: where networks run for this: auto
-        (CUDA, else MPS, else the CPU), cuda, mps or cpu.
+        train:K, val:K) or of all; n_patches of all of them together (32, or 64 for fits that take many steps).
+        device: where networks run for this: auto (CUDA, else MPS, else the CPU), cuda, mps or cpu.
     weights: one for each model; its folds share it. folds: of each model folder; by default all of its numbered folds,
         else fold_all. per_fold: merge fold k of every model with fold k of the others instead of everything into one.
     keep_base_for, stage_weights: what stays at theta_0, and factors by stage (see `stages.scales`).
@@ -101,8 +101,8 @@ def merge(models: Path | str | Sequence[Path | str] = (), *, align: str | None =
     together = [group[0] for group in groups] if per_fold else [model for group in groups for model in group]
     check_mergeable(together, same_base=False, channels=not wanted.same_channels)
     choice = choose(together, wanted, theta_0 is not None)
-    return merge_groups(groups, choice.recipe, theta_0, base, per_fold, where, progress, cache).told(
-        {"default": choice.why}, choice.advice)
+    merged = merge_groups(groups, choice.recipe, theta_0, base, per_fold, where, progress, cache)
+    return merged if len(together) == 1 else merged.told({"default": choice.why}, choice.advice)
 
 
 def predict(models: Merged | Path | str | Sequence[Path | str], input: Path | str, output: Path | str, *,
@@ -147,7 +147,7 @@ def _changed(recipe: Recipe, align: str | None, method: str | None, fit: str | S
     names = _options(changed)
     gone = _options(recipe) - names
     kept = {name: value for name, value in recipe.parameters.items() if name not in gone}
-    return replace(changed, parameters=kept).given(parameters)
+    return replace(changed, parameters=kept, volumes=recipe.as_steps_want().volumes).given(parameters)
 
 
 def _options(recipe: Recipe) -> set[str]:

@@ -8,7 +8,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.fitting import FITS, Fit
 from nnunet_transplant.methods import METHODS, Method
 from nnunet_transplant.steps import Step, did_you_mean, option_name
-from nnunet_transplant.volumes import N_CASES, N_PATCHES, Volumes
+from nnunet_transplant.volumes import N_CASES, Volumes
 
 FORMAT = 1  # of recipes in files
 
@@ -88,10 +88,25 @@ class Recipe:
         kept = {name: value for name, value in self.parameters.items() if name.rpartition(".")[2] not in parameters}
         return replace(self, parameters={**kept, **parameters})
 
+    @property
+    def looked_at(self) -> Volumes | None:
+        """The volumes, with the number of patches where nobody said one: what the steps want."""
+        if self.volumes is None or self.volumes.n_patches is not None:
+            return self.volumes
+        return replace(self.volumes, n_patches=max(step.n_patches for step in self.steps))
+
+    def as_steps_want(self) -> "Recipe":
+        """The same; where the number of patches is what its steps want, nobody has said it: others may want more."""
+        if self.volumes is None:
+            return self
+        unsaid = replace(self, volumes=replace(self.volumes, n_patches=None))
+        return unsaid if unsaid.looked_at == self.volumes else self
+
     def in_full(self) -> "Recipe":
         """The same with every option of every step written out."""
-        return replace(self, parameters={f"{step}.{name}": value for step, options in self.settings().items()
-                                         for name, value in options.items()})
+        written = {f"{step}.{name}": value for step, options in self.settings().items()
+                   for name, value in options.items()}
+        return replace(self, volumes=self.looked_at, parameters=written)
 
     def to_json(self) -> dict[str, Any]:
         volumes = None if self.volumes is None else {
@@ -174,7 +189,7 @@ def _are_volumes(value: Any) -> bool:
     return bool(isinstance(value, dict) and set(value) <= {"datasets", "cases", "n_cases", "n_patches"}
             and value.get("datasets") and _are(lambda one: _is_text(one) or type(one) is int)(value["datasets"])
             and _or_none(_is_text)(value.get("cases")) and type(value.get("n_cases", N_CASES)) is int
-                and type(value.get("n_patches", N_PATCHES)) is int)
+                and (value.get("n_patches") is None or type(value["n_patches"]) is int))
 
 
 # What recipes in files may say, and what is right there.

@@ -20,6 +20,9 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from nnunet_transplant.errors import TransplantError, note
 
+N_PATCHES = 32      # of all volumes together that a step looks at, unless told
+MANY_PATCHES = 64   # that it learns from in many steps, which gain less from the same ones again and again
+
 Needs = Literal["base", "volumes", "labels"]
 Passes = Callable[[Any, Mapping[str, Any]], float]
 IN_WORDS = {"base": "the base", "volumes": "unlabelled volumes", "labels": "labelled volumes"}
@@ -88,6 +91,7 @@ class Step:
 
     inputs: what the function wants of the merger, by name. needs: what must be there beside the models.
     passes: about how many forward passes of a network over a patch it takes, of an `Experts` and its options.
+    n_patches: how many patches it wants of all volumes together, where nobody says.
     labels_when: an option and its value with which it reads the label maps of volumes, where it does not always.
     """
     name: str
@@ -100,6 +104,7 @@ class Step:
     needs: tuple[Needs, ...]
     passes: Passes | None = field(default=None, kw_only=True)
     labels_when: tuple[str, str] | None = field(default=None, kw_only=True)
+    n_patches: int = field(default=N_PATCHES, kw_only=True)
 
     @property
     def looks(self) -> bool:

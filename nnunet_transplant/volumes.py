@@ -25,10 +25,10 @@ from nnunet_transplant.labels import foreground_values, has_regions
 from nnunet_transplant.mergeable import preprocess_alike
 from nnunet_transplant.model_folder import TrainedModel
 from nnunet_transplant.parallel import ahead
+from nnunet_transplant.steps import N_PATCHES
 
 IGNORED = -1  # in targets: voxels of the dataset's ignore label
 N_CASES = 8     # volumes of a dataset, unless told
-N_PATCHES = 32  # of all volumes together, unless told
 SEED = 0        # of the places of patches
 N_HELD_BACK = 8  # patches of all volumes together that no step looks at, to check the merge on
 READERS = 3     # volumes that are read at the same time, as nnUNetv2_predict does
@@ -43,12 +43,12 @@ class Volumes:
     datasets: names or ids of datasets in nnUNet_raw.
     n_cases: how many of them to take of each dataset, spread evenly over the sorted names.
     cases: of each dataset, as nnunet_transplant_split_tasks takes them (FILE, train:K, val:K); all by default.
-    n_patches: how many patches of all of them together are looked at, at most.
+    n_patches: how many patches of all of them together are looked at, at most; None: what steps want.
     """
     datasets: Sequence[str | int]
     n_cases: int = N_CASES
     cases: str | None = None
-    n_patches: int = N_PATCHES
+    n_patches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,11 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
         and are not taken.
     Raises TransplantError for datasets, cases or channels that are not there, and for second stages of a cascade.
     """
-    if volumes.n_patches < 1:
-        raise TransplantError(f"-n_patches must be at least 1, not {volumes.n_patches}")
+    n_patches = N_PATCHES if volumes.n_patches is None else volumes.n_patches
+    if n_patches < 1:
+        raise TransplantError(f"-n_patches must be at least 1, not {n_patches}")
     chosen = [_choose(open_cases(dataset), volumes) for dataset in volumes.datasets]
-    each = math.ceil(volumes.n_patches / len(chosen))  # of a volume that gives no patch nothing need be read
+    each = math.ceil(n_patches / len(chosen))  # of a volume that gives no patch nothing need be read
     chosen = [cases.chosen(spread(list(cases.files), each), labelled=False) for cases in chosen]
     count = sum(len(cases.files) for cases in chosen)
     patches: list[Patch] = []
@@ -97,7 +98,7 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
     bar = tqdm(preprocess(chosen, model, labels, readers), desc="reading volumes", total=count, delay=3,
                disable=not progress)
     for index, (data, values, cases) in enumerate(bar):
-        most = math.ceil((volumes.n_patches - len(patches)) / (count - index))
+        most = math.ceil((n_patches - len(patches)) / (count - index))
         more = math.ceil((n_held_back - len(held_back)) / (count - index))
         found = cut(data, values, size, most, partial(look, index) if look is not None else None, index, more)
         patches += [Patch(torch.from_numpy(image), there, cases) for image, there in found[:most]]

@@ -252,7 +252,7 @@ def test_none_takes_the_fit_away_and_the_volumes_with_it(tmp_path: Path, models:
 
 
 def test_other_cases_of_the_volumes_it_starts_from(tmp_path: Path, models: dict[str, Path], fitted: Path) -> None:
-    assert read_merge(fitted).recipe.volumes == Volumes([501], 1)
+    assert read_merge(fitted).recipe.volumes == Volumes([501], 1, n_patches=32)
     found = on_cpu(earlier=fitted, n_cases=2)
     assert recipe_of(found)["volumes"] == {"datasets": [501], "cases": None, "n_cases": 2, "n_patches": 32}
     assert len(found.provenance["volumes"]["Dataset501_Boxes"]) == 2

@@ -8,6 +8,7 @@ import pytest
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.methods import METHODS
 from nnunet_transplant.recipe import FORMAT, Recipe
+from nnunet_transplant.steps import MANY_PATCHES, N_PATCHES
 from nnunet_transplant.volumes import N_CASES, Volumes
 
 SOURCE = "some/recipe.json"
@@ -133,7 +134,8 @@ def test_in_full_has_every_option(recipe: Recipe) -> None:
             assert type(value) is type(parameter.default)
             if not recipe.parameters:
                 assert value == parameter.default
-    assert replace(whole, parameters=recipe.parameters) == recipe  # nothing else is other
+    assert replace(whole, parameters=recipe.parameters, volumes=recipe.volumes) == recipe  # nothing else is other
+    assert whole.volumes == recipe.looked_at
 
 
 def test_an_option_goes_to_every_step_that_has_it_unless_one_is_named() -> None:
@@ -181,3 +183,12 @@ def test_a_step_comes_once() -> None:
     for wrong in (Recipe(fit=["polish", "head", "polish"]), Recipe(fit=("head", "head"))):
         with pytest.raises(TransplantError, match="each step comes once"):
             wrong.settings()
+
+
+@pytest.mark.parametrize(("recipe", "said", "expected"), [
+    (Recipe(fit=["head"]), None, N_PATCHES), (Recipe(fit=["head", "entries"]), None, MANY_PATCHES),
+    (Recipe("fisher", fit=["polish"]), None, MANY_PATCHES), (Recipe(fit=["entries"]), 5, 5)])
+def test_as_many_patches_as_the_steps_want(recipe: Recipe, said: int | None, expected: int) -> None:
+    recipe = replace(recipe, volumes=Volumes([4], n_patches=said))
+    assert recipe.looked_at == recipe.in_full().volumes == Volumes([4], n_patches=expected)
+    assert Recipe().looked_at is None

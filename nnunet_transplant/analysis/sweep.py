@@ -39,7 +39,7 @@ from nnunet_transplant.recipe import Recipe
 from nnunet_transplant.record import recipe_file
 from nnunet_transplant.tables import aligned_lines
 from nnunet_transplant.targets import Target, name_targets
-from nnunet_transplant.volumes import N_PATCHES, Volumes
+from nnunet_transplant.volumes import Volumes
 
 SUMMARY, RECIPE, CSV, TABLE, FIGURE = "sweep.json", "recipe.json", "sweep.csv", "table.txt", "sweep.png"
 FRONT_CSV, FRONT_FIGURE = "pareto.csv", "pareto.png"
@@ -181,8 +181,7 @@ def _volumes(dataset: str | int, fold: str | int, cases: str | None, n_patches: 
     if cases is not None or str(fold) == "all":
         raise TransplantError("this merge looks at volumes, and nobody says which are not those it is scored on: give "
                               "-f the number of a fold, without -cases")
-    most = N_PATCHES if n_patches is None else n_patches
-    return Volumes([dataset], cases=f"train:{int(fold)}", n_patches=most)
+    return Volumes([dataset], cases=f"train:{int(fold)}", n_patches=n_patches)
 
 
 def _names(groups: Sequence[Sequence[TrainedModel]], models: Sequence[Path | str]) -> list[str]:

@@ -11,8 +11,8 @@ from nnunet_transplant.cli.common import Parser, notes_as_lines
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.fitting import FITS
 from nnunet_transplant.methods import METHODS, Method
-from nnunet_transplant.steps import IN_WORDS, Registry, Step
-from nnunet_transplant.volumes import N_CASES, N_PATCHES
+from nnunet_transplant.steps import IN_WORDS, MANY_PATCHES, N_PATCHES, Registry, Step
+from nnunet_transplant.volumes import N_CASES
 
 KINDS: dict[str, Registry[Any]] = {"align": ALIGNERS, "method": METHODS, "fit": FITS}
 OPTION = "option:"  # before the names of steps' options in parsed arguments
@@ -53,7 +53,7 @@ def add_volume_arguments(group: argparse._ActionsContainer) -> None:
 def add_patch_budget(group: argparse._ActionsContainer) -> None:
     group.add_argument("-n_patches", type=int, metavar="N",
                        help="so many patches of all volumes together, which is what the time depends on; default "
-                            f"{N_PATCHES}")
+                            f"{N_PATCHES}, {MANY_PATCHES} for fits that take many steps")
     group.add_argument("-cache", type=Path, metavar="DIR", help="keep here what looking at volumes found out: a merge "
                        "with another method or fit, or one that was interrupted, goes on from there")
 

@@ -16,7 +16,7 @@ from nnunet_transplant.architecture import canonical_parameters
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.fitting.descent import descend, passes_of_steps, state_of
 from nnunet_transplant.fitting.registry import fit
-from nnunet_transplant.steps import Range, Seed
+from nnunet_transplant.steps import MANY_PATCHES, Range, Seed
 from nnunet_transplant.vectors import TaskVectors, added_up
 
 HEAD_LR = 1e-3  # of the heads, which have no common base: AdamW's own, as the trainers'
@@ -24,7 +24,7 @@ HEAD_LR = 1e-3  # of the heads, which have no common base: AdamW's own, as the t
 
 @fit("entries", "a coefficient for every entry of the task vectors, and the head, without labels",
      reference="this package; after Editing Models with Task Arithmetic, Ilharco et al., ICLR 2023",
-     url="https://arxiv.org/abs/2212.04089", passes=passes_of_steps)
+     url="https://arxiv.org/abs/2212.04089", passes=passes_of_steps, n_patches=MANY_PATCHES)
 def entries(merged: dict[str, torch.Tensor], experts: Experts, vectors: TaskVectors,
             steps: Annotated[int, "steps of Adam", Range(1, 10 ** 6)] = 100,
             lr: Annotated[float, "learning rate of the coefficients at the start; it falls to 0 as a cosine",

@@ -7,12 +7,12 @@ from torch import nn
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.fitting.descent import descend, passes_of_steps, state_of
 from nnunet_transplant.fitting.registry import fit
-from nnunet_transplant.steps import Range, Seed
+from nnunet_transplant.steps import MANY_PATCHES, Range, Seed
 
 
 @fit("polish", "all weights, without labels: steps of AdamW towards the experts",
      reference="this package; after Distilling the Knowledge in a Neural Network, Hinton et al., 2015",
-     url="https://arxiv.org/abs/1503.02531", passes=passes_of_steps)
+     url="https://arxiv.org/abs/1503.02531", passes=passes_of_steps, n_patches=MANY_PATCHES)
 def polish(merged: dict[str, torch.Tensor], experts: Experts,
            steps: Annotated[int, "steps of AdamW", Range(1, 10 ** 6)] = 100,
            lr: Annotated[float, "learning rate at the start; it falls to 0 as a cosine", Range(1e-12, 1.0)] = 1e-3,

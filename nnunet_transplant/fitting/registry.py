@@ -3,7 +3,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nnunet_transplant.steps import Needs, Passes, Registry, Step, read_signature
+from nnunet_transplant.steps import N_PATCHES, Needs, Passes, Registry, Step, read_signature
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fit(name: str, summary: str, *, reference: str, url: str,
-        needs: Sequence[Needs] = ("volumes",), passes: Passes | None = None) -> Callable[[F], F]:
+        needs: Sequence[Needs] = ("volumes",), passes: Passes | None = None,
+        n_patches: int = N_PATCHES) -> Callable[[F], F]:
     """Make a function a fit: `-fit name` on the command line.
 
     The function takes `merged` (tensors by canonical name) and `experts` (an `Experts`), and gives such tensors. It may
@@ -26,6 +27,7 @@ def fit(name: str, summary: str, *, reference: str, url: str,
     they were aligned or their base is not known. Its options are its annotated parameters (see `steps`).
     """
     def declare(function: F) -> F:
-        FITS.add(Fit(name, summary, reference, url, function, *read_signature(function), tuple(needs), passes=passes))
+        FITS.add(Fit(name, summary, reference, url, function, *read_signature(function), tuple(needs), passes=passes,
+                     n_patches=n_patches))
         return function
     return declare

@@ -25,7 +25,8 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.figures import sweep as drawing
 from nnunet_transplant.merger import Merger, merge_folders
 from nnunet_transplant.recipe import Recipe
-from nnunet_transplant.volumes import N_CASES, N_PATCHES, Volumes
+from nnunet_transplant.steps import N_PATCHES
+from nnunet_transplant.volumes import N_CASES, Volumes
 
 DATASET = "Dataset700_Small"
 LABELS = {"background": 0, "one": 1, "two": 2, "three": 3}
