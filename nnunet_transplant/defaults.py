@@ -41,7 +41,7 @@ def choose(models: Sequence[TrainedModel], recipe: Recipe, base: bool = False) -
         return Choice(replace(recipe, align="rebasin", parameters={"units": "zip", **recipe.parameters}),
                       f"{what} without images", advice)
     known = base or model_of_unknown_base(models) is None
-    method = "average" if folds or not known else "iso_cts"
+    method = "average" if folds or not known else "iso_c"
     return Choice(replace(recipe, method=method), f"{what} without images", advice)
 
 

@@ -26,7 +26,7 @@ def steps(recipe: Recipe) -> tuple[str | None, str, list[str]]:
     return recipe.align, recipe.method, list(recipe.fit)
 
 
-@pytest.mark.parametrize(("images", "expected"), [(IMAGES, (None, "average", FITTED)), (None, (None, "iso_cts", []))])
+@pytest.mark.parametrize(("images", "expected"), [(IMAGES, (None, "average", FITTED)), (None, (None, "iso_c", []))])
 def test_tasks_of_one_base(tmp_path: Path, images: Volumes | None, expected: Any) -> None:
     choice = choose(models_of(tmp_path, A, B, base=base_network()), Recipe(volumes=images))
     assert steps(choice.recipe) == expected
@@ -61,7 +61,7 @@ def test_a_base_that_nobody_records(tmp_path: Path) -> None:
     """Is seen in the weights; without theta_0 tasks can only be averaged."""
     models = models_of(tmp_path, A, B, base=base_network(), record_base=False)
     assert steps(choose(models, Recipe()).recipe) == (None, "average", [])
-    assert steps(choose(models, Recipe(), base=True).recipe) == (None, "iso_cts", [])
+    assert steps(choose(models, Recipe(), base=True).recipe) == (None, "iso_c", [])
 
 
 def test_the_base_itself_may_be_one_of_the_models(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_base_itself_may_be_one_of_the_models(tmp_path: Path) -> None:
     model, = models_of(tmp_path, B, base=base)
     write_model(tmp_path / "base", A, change={name: base.state_dict()[name] for name in model.layout.body})
     models = [*open_models(tmp_path / "base"), model]
-    assert steps(choose(models, Recipe()).recipe) == (None, "iso_cts", [])
+    assert steps(choose(models, Recipe()).recipe) == (None, "iso_c", [])
     merge([model.folder, tmp_path / "base"])
 
 
@@ -108,7 +108,7 @@ def test_a_user_sees_what_was_chosen(tmp_path: Path, nnunet: Path, monkeypatch: 
         main()
         return capsys.readouterr().out
     out = run()
-    assert "merged 2 models by iso_cts (the default for tasks and one base without images); structures: A, B" in out
+    assert "merged 2 models by iso_c (the default for tasks and one base without images); structures: A, B" in out
     assert "note: without images a merge is a guess" in out
     out = run("-d", "501", "-n_patches", "2", "-steps", "3", "-device", "cpu", "--overwrite")
     assert "merged 2 models by average + head + entries (the default for tasks and one base with images)" in out

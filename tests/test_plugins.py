@@ -136,7 +136,8 @@ def test_a_merge_by_a_stranger(tmp_path: Path, models: list[Path], raw: Path, st
             (["-method", "mine", "-mine_option", 2], "-mine_option must lie between 0 and 1, not 2"),
             (["-method", "mien"], "there is no merging method 'mien' (did you mean mine?)"),
             (["-method", "mine", "-weights", 1, 1], "must sum to 1"),
-            (["-method", "average", "-mine_option", 0.5], "average has no -mine_option: there are no options; mine has it"),
+            (["-method", "average", "-mine_option", 0.5],
+             "average has no -mine_option: there are no options; mine has it"),
             (["-align", "mine_align", "-method", "mine"], "mine_align needs volumes to look at")):
         error = fork_command(command, "-m", *models, "-o", tmp_path / "none", *arguments, expect=1).stderr
         assert message in error and error.count("\n") == 1
