@@ -13,14 +13,28 @@ result is there is skipped, so an interrupted run goes on. Prints the mean Dice 
 """
 import argparse
 import json
+import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 from hippocampus import splits as hippocampus_splits
 from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_plans, write_splits
+
+from nnunet_transplant.analysis.scoring import MergedNetwork, open_labelled_cases
+from nnunet_transplant.data.cases import evaluation_cases
+from nnunet_transplant.environment import use_our_trainers
+from nnunet_transplant.merger import Merger
+from nnunet_transplant.merging import merge
+from nnunet_transplant.model_folder import open_models
+from nnunet_transplant.targets import name_targets
+
+Options = dict[str, Any]
 
 MOUSE = "Dataset005_MouseBrain"
 BASE = "nnUNetTrainerPlasticRate_10epochs_100iterations_NoMirroring"
@@ -44,6 +58,7 @@ class Setting:
     choices: list[str]
     test: list[str]
     others: dict[str, Path] = field(default_factory=dict)  # models to compare
+    work: Path = Path()        # for its table
 
 
 def main() -> None:
@@ -65,8 +80,12 @@ def main() -> None:
         setting = hippocampus(run, args.data, args.run, args.device)
         name = "hippocampus"
     name += "_regions" * args.regions + f"_run{args.run}" * (args.run > 1)
-    rows = choices(run, setting) if args.choices else rivals(run, setting)
-    print(merge_and_score(run, name, setting, rows, setting.choices if args.choices else setting.test, args.device))
+    setting.work = run.work / name
+    setting.work.mkdir(exist_ok=True)
+    os.environ.update(run.environment)
+    use_our_trainers()
+    rows = choices(setting) if args.choices else rivals(setting)
+    print(merge_and_score(setting, rows, args.device).round(3).to_string())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,76 +167,87 @@ def hippocampus(run: Steps, data: Path, number: int, device: str) -> Setting:
 # ---------------------------------------------------------------------------------------------------------------------
 # Merging
 
-def rivals(run: Steps, setting: Setting) -> dict[str, str]:
-    """Of a table row, the flags of its merge."""
-    nothing = f"-method task_arithmetic -weights {' '.join('0' * len(setting.experts))}"
-    look, unseen = looking(run, setting.look), looking(run, setting.choices)
+FIT = ["head", "entries"]
+WITHOUT_IMAGES = ("iso_c", "iso_cts", "model_stock", "breadcrumbs", "consensus", "ties", "tsv_m", "della", "pcb",
+                  "magmax")
+
+
+def rivals(setting: Setting) -> dict[str, Options]:
+    """Of a table row, what its merge is told."""
+    base: Options = {"method": "task_arithmetic", "weights": [0] * len(setting.experts)}
+    look, nobody = images(setting, setting.look), images(setting, setting.choices)
     return {
-        "average": "-method average", "average, head fitted": f"-method average -fit head {look}",
-        "fisher, head fitted": f"-method fisher -fit head {look}",
-        "base, head fitted": f"{nothing} -fit head {look}",
-        "base, polished": f"{nothing} -fit head polish {look}",
-        "average, polished": f"-method average -fit head polish {look}",
-        "default, no images": "", "default": look,
-        **{f"default, {count} volumes": f"{look} -n_cases {count}" for count in (1, 2, 4)},
-        **{f"default, {steps} steps": f"{look} -steps {steps}" for steps in (25, 50, 200, 400)},
-        f"default, {len(setting.choices)} volumes of nobody": unseen}
+        "average": {"method": "average"}, "average, head fitted": {"fit": "head", **look},
+        "fisher, head fitted": {"method": "fisher", "fit": "head", **look},
+        "base, head fitted": {"fit": "head", **base, **look},
+        "base, head polish": {"fit": ["head", "polish"], "steps": 200, **base, **look},
+        "average, head polish": {"fit": ["head", "polish"], "steps": 200, **look},
+        "default, no images": {}, "default": look,
+        **{f"default, {count} volumes": {**look, "n_cases": count} for count in (1, 2, 4)},
+        **{f"default, {steps} steps": {**look, "steps": steps} for steps in (25, 50, 100, 400)},
+        f"default, {len(setting.choices)} volumes of nobody": nobody}
 
 
-def choices(run: Steps, setting: Setting) -> dict[str, str]:
+def choices(setting: Setting) -> dict[str, Options]:
     """Settings of which the defaults are one, with the tasks' own images."""
-    look, fit = looking(run, setting.look), "-fit head entries"
-    nothing = f"-method task_arithmetic -weights {' '.join('0' * len(setting.experts))}"
+    base: Options = {"method": "task_arithmetic", "weights": [0] * len(setting.experts)}
+    look = images(setting, setting.look)
     return {
-        **{f"{patches} patches": f"{fit} {look} -n_patches {patches}" for patches in (32, 64, 128, 1000)},
-        **{f"{steps} steps": f"{fit} {look} -steps {steps}" for steps in (50, 200)},
-        **{f"rate {rate}": f"{fit} {look} -lr {rate}" for rate in (0.015, 0.06)},
-        "from fisher": f"-method fisher {fit} {look}", "from the base": f"{nothing} {fit} {look}",
-        "polish": f"-fit head polish {look}", "polish, from the base": f"{nothing} -fit head polish {look}",
-        "polish, 200 steps, from the base": f"{nothing} -fit head polish -steps 200 {look}",
-        **{method: f"-method {method}" for method in ("iso_c", "iso_cts", "model_stock", "ties", "tsv_m", "della")}}
+        **{f"{steps} steps, {patches} patches": {**look, "steps": steps, "n_patches": patches}
+           for steps, patches in ((100, 32), (100, 64), (100, 128), (100, 1000), (200, 64), (200, 1000))},
+        **{f"rate {rate}": {**look, "steps": 100, "lr": rate} for rate in (0.015, 0.06)},
+        "from fisher, 100 steps": {"method": "fisher", "fit": FIT, "steps": 100, **look},
+        "from the base": {"fit": FIT, **base, **look},
+        **{method: {"method": method} for method in WITHOUT_IMAGES},
+        **{f"{name}, head fitted": {"method": name, "fit": "head", **look} for name in ("iso_c", "ties", "tsv_m")}}
 
 
-def looking(run: Steps, cases: Sequence[str]) -> str:
-    """Flags for a dataset's images; the file of their names is written."""
-    path = run.work / f"cases_{'_'.join(cases[:2])}_{len(cases)}.txt"
+def images(setting: Setting, cases: Sequence[str]) -> Options:
+    path = setting.work / f"look_{len(cases)}.txt"
     path.write_text("\n".join(cases) + "\n")
-    return f"-d {DATASETS[cases[0][:2]]} -cases {path}"
+    return {"images": str(setting.dataset), "cases": str(path)}
 
 
-DATASETS = {"UT": 5, "TT": 5, "hi": 4}
-
-
-def merge_and_score(run: Steps, name: str, setting: Setting, rows: Mapping[str, str], tests: Sequence[str],
-                    device: str) -> str:
-    """Merge, score on the test cases one by one, and make the table."""
-    work = run.work / name
-    work.mkdir(exist_ok=True)
-    test = work / f"test_{len(tests)}.txt"
-    test.write_text("\n".join(tests) + "\n")
-    experts = " ".join(map(str, setting.experts.values()))
-    merged = {}
-    for row, flags in rows.items():
-        merged[row] = work / row.replace(", ", "_").replace(" ", "_")
-        run(merged[row], f"nnunet_transplant_merge -m {experts} -f {setting.fold} -o {merged[row]} -device {device} "
-                         f"{flags}")
-    models = {**{f"expert {structure}": path for structure, path in setting.experts.items()}, **setting.others,
-              **merged}
-    tables = []
-    for row, model in models.items():
-        output = work / "scores" / f"{row.replace(', ', '_').replace(' ', '_')}_{len(tests)}"
-        run(output, f"nnunet_transplant_evaluate -m {model} -d {setting.dataset} -cases {test} -o {output} "
-                    f"-device {device}")
-        tables.append(pd.read_csv(output / "evaluation.csv").assign(
-            model="experts" if row.startswith("expert ") else row))
-    scores = pd.concat(tables)
-    scores = scores[scores["structure"].isin(setting.experts)]
-    table = scores.pivot_table(index="model", columns="structure", values="dice", sort=False)
-    table = table.assign(mean=table.mean(axis=1, skipna=False))
-    table["of experts"] = table["mean"] / table.loc["experts", "mean"]
-    seconds = json.loads(run.log.read_text())
-    taken = {row: seconds.get(command) for row in rows for command in seconds if f"-o {merged[row]} " in command}
-    return table.assign(seconds=pd.Series(taken)).round(3).to_string()
+def merge_and_score(setting: Setting, rows: Mapping[str, Options], device: str) -> pd.DataFrame:
+    """Merge and score row by row, on the cases for choices and on those of the test; what rows.csv has is not done
+    again."""
+    file = setting.work / "rows.csv"
+    done = pd.read_csv(file, index_col="row") if file.exists() else pd.DataFrame()
+    cases_file = setting.work / "unseen.txt"
+    cases_file.write_text("\n".join([*setting.test, *setting.choices]) + "\n")
+    cases = evaluation_cases(str(setting.dataset), "all", str(cases_file))
+    first = open_models(next(iter(setting.experts.values())), [str(setting.fold)])[0]
+    scored = open_labelled_cases(cases, first)
+    models = {f"expert {name}": [path] for name, path in setting.experts.items()}
+    models |= {name: [path] for name, path in setting.others.items()}
+    every = {**{name: (paths, Options()) for name, paths in models.items()},
+             **{name: (list(setting.experts.values()), options) for name, options in rows.items()}}
+    for name, (paths, options) in every.items():
+        if name in done.index:
+            continue
+        model, seconds, folds = paths[0], 0.0, [str(setting.fold)]
+        if name in rows:
+            model, folds = setting.work / name.replace(",", "").replace(" ", "_"), None
+            start = time.perf_counter()
+            merge(paths, folds=[setting.fold], device=device, **options).save(model, overwrite=True)
+            seconds = time.perf_counter() - start
+        network = MergedNetwork(Merger([open_models(model, folds)]), torch.device(device))
+        (targets,), _ = name_targets(["model"], [[network.merged]], cases)
+        dice = pd.DataFrame(network.dice(scored, targets, cases.dataset_json["labels"].get("ignore")),
+                            index=[case.name for case in scored])
+        dice = dice[[structure for structure in setting.experts if structure in dice]]
+        row = {f"{part} {structure}": dice.loc[of, structure].mean() for part, of in (
+            ("choices", setting.choices), ("test", setting.test)) for structure in dice}
+        done = pd.concat([done, pd.DataFrame({**row, "seconds": seconds}, index=pd.Index([name], name="row"))])
+        done.to_csv(file)
+        print(name, {key: round(value, 3) for key, value in row.items() if key.startswith("test")}, flush=True)
+    experts = {column: done.loc[f"expert {column.split(' ', 1)[1]}", column] for column in done if column != "seconds"}
+    table = pd.concat([pd.DataFrame(experts, index=["experts"]),
+                       done.drop([f"expert {name}" for name in setting.experts])])
+    for part in ("test", "choices"):
+        mean = table[[f"{part} {name}" for name in setting.experts]].mean(axis=1, skipna=False)
+        table[f"{part} mean"], table[f"{part}, of experts"] = mean, mean / mean["experts"]
+    return table.drop(columns=[f"choices {name}" for name in setting.experts])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ IMAGES = Volumes(["501"], n_cases=1, n_patches=2)
 FITTED = ["head", "entries"]
 
 
+@pytest.fixture(scope="module")
+def boxes(nnunet: Path) -> None:
+    write_volumes(nnunet / "raw", "Dataset501_Boxes", {"background": 0, "one": 1}, cases=1, shape=(16, 16, 16))
+
+
 def models_of(folder: Path, *labels: dict[str, int], **options: Any) -> list[TrainedModel]:
     return [open_models(write_model(folder / str(i), each, seed=i, **options))[0] for i, each in enumerate(labels)]
 
@@ -90,6 +95,14 @@ def test_networks_of_two_kinds_are_refused_in_words(tmp_path: Path) -> None:
         merge(models)
 
 
+def test_unrelated_models_merge_by_default(tmp_path: Path, boxes: None) -> None:
+    folders = [model.folder for model in models_of(tmp_path, A, B)]
+    merged = merge(folders, images="501", n_patches=2, steps=2, device="cpu")
+    assert [step["name"] for step in merged.provenance["steps"]] == ["mudsc", "average", *FITTED]
+    assert merged.provenance["default"] == "tasks without a common base with images"
+    assert set(merged.provenance["check"]["agreement"]["merged"]) == {"A", "B"}
+
+
 def test_what_is_named_is_all_that_is_done(tmp_path: Path) -> None:
     folders = [model.folder for model in models_of(tmp_path, A, B, base=base_network())]
     assert "default" in merge(folders).provenance
@@ -98,9 +111,8 @@ def test_what_is_named_is_all_that_is_done(tmp_path: Path) -> None:
         assert found.provenance["recipe"]["method"] == "average" and "default" not in found.provenance
 
 
-def test_a_user_sees_what_was_chosen(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_user_sees_what_was_chosen(tmp_path: Path, boxes: None, monkeypatch: pytest.MonkeyPatch,
                                      capsys: pytest.CaptureFixture[str]) -> None:
-    write_volumes(nnunet / "raw", "Dataset501_Boxes", {"background": 0, "one": 1}, cases=1, shape=(16, 16, 16))
     folders = [str(model.folder) for model in models_of(tmp_path, A, B, base=base_network())]
 
     def run(*options: str) -> str:
