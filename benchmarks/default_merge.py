@@ -240,7 +240,7 @@ def merge_and_score(setting: Setting, rows: Mapping[str, Options], device: str) 
             ("choices", setting.choices), ("test", setting.test)) for structure in dice}
         done = pd.concat([done, pd.DataFrame({**row, "seconds": seconds}, index=pd.Index([name], name="row"))])
         done.to_csv(file)
-        print(name, {key: round(value, 3) for key, value in row.items() if key.startswith("test")}, flush=True)
+        print(name, {key: round(float(value), 3) for key, value in row.items() if key.startswith("test")}, flush=True)
     experts = {column: done.loc[f"expert {column.split(' ', 1)[1]}", column] for column in done if column != "seconds"}
     table = pd.concat([pd.DataFrame(experts, index=["experts"]),
                        done.drop([f"expert {name}" for name in setting.experts])])

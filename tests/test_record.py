@@ -77,7 +77,7 @@ def test_volumes_are_remembered(tmp_path: Path, tasks: dict[str, Path], merge: C
     write_volumes(tmp_path / "raw", "Dataset501_Boxes", {"background": 0, "B": 1, "C": 2}, shape=(16, 16, 16))
     assert merge("fisher", "-m", tasks["B"], tasks["C"], "-method", "fisher", "-d", "501", "-n_cases", "1",
                  "-device", "cpu") == ""
-    assert read_merge(tmp_path / "fisher").recipe.volumes == Volumes(["501"], 1)
+    assert read_merge(tmp_path / "fisher").recipe.volumes == Volumes(["501"], 1, n_patches=32)
     assert merge("again", "-from", tmp_path / "fisher", "-device", "cpu") == ""
     assert content(tmp_path / "again") == content(tmp_path / "fisher")
 
