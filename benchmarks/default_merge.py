@@ -8,8 +8,9 @@ mouse: a base of all 20 structures on six wild-type brains, tasks of one structu
 was trained on). hippocampus: a base of both structures on 80 cases, two tasks on 80 others, 40 to test.
 
 -run K: fine-tune the tasks anew, for a second and third run of the same. --regions: tasks of regions (sigmoid heads).
---choices: merges of other settings, scored on the cases for choices. Every step is a command a user types; one whose
-result is there is skipped, so an interrupted run goes on. Prints the mean Dice of the test cases, and wall times.
+--choices: merges of other settings. All are trained by commands, and merged and scored in this process. What is there
+is not done again, so an interrupted run goes on. Prints the mean Dice of the test cases and of those for choices, and
+seconds.
 """
 import argparse
 import json
@@ -51,7 +52,6 @@ LOOK = [case for case in TRAINED if case != "TT_03"]  # 8 of the tasks' own
 class Setting:
     """What is merged, what it may look at, and what it is scored on."""
     dataset: int
-    base: Path
     experts: dict[str, Path]   # by structure
     fold: int
     look: list[str]            # of the tasks' training cases
@@ -108,15 +108,15 @@ def mouse(run: Steps, data: Path, tasks: int, number: int, regions: bool, device
     labels = json.loads((raw / "dataset.json").read_text())["labels"]
     structures = [*FIRST, *(name for name in labels if name not in (*FIRST, "background"))]
     ids = {name: (951 if regions else 911) + i for i, name in enumerate(structures)}
-    joint = "Joint" + "+".join(structures[:tasks]) if tasks == len(FIRST) else None
+    joint = tasks == len(FIRST)
     run(run.raw / f"Dataset{ids[structures[-1]]}_{structures[-1]}",
         "nnunet_transplant_split_tasks -d 5 -tasks " + " ".join(f"{name}={name}" for name in structures)
         + f" -ids {' '.join(map(str, ids.values()))} -p {PLANS}" + " --regions" * regions)
-    if joint is not None:
+    if joint:
         run(run.raw / "Dataset910_Joint", f"nnunet_transplant_split_tasks -d 5 -tasks Joint={'+'.join(FIRST)} -ids 910 "
                                           f"-p {PLANS}")
     tuned = run if number == 1 else run.into(f"results_{number}")
-    wanted = [(ids[name], name) for name in structures[:tasks]] + [(910, "Joint")] * (joint is not None)
+    wanted = [(ids[name], name) for name in structures[:tasks]] + [(910, "Joint")] * joint
     models = {}
     for identifier, name in wanted:
         dataset = f"Dataset{identifier}_{name}"
@@ -125,7 +125,7 @@ def mouse(run: Steps, data: Path, tasks: int, number: int, regions: bool, device
         tuned(models[name] / "fold_1" / "checkpoint_final.pth",
               f"nnUNetv2_train {identifier} 3d_fullres 1 -tr {TASK} {train} -pretrained_weights {base}")
     others = {"joint": models.pop("Joint")} if "Joint" in models else {}
-    return Setting(5, base, models, 1, LOOK, CHOICES, [case for case in unseen if case not in CHOICES], others)
+    return Setting(5, models, 1, LOOK, CHOICES, [case for case in unseen if case not in CHOICES], others)
 
 
 def write_mouse_plans(folder: Path) -> None:
@@ -160,7 +160,7 @@ def hippocampus(run: Steps, data: Path, number: int, device: str) -> Setting:
               f"nnUNetv2_train {identifier} 3d_fullres 1 -tr {HIPPOCAMPUS_TASK} {train} -pretrained_weights {base}")
     others = {"joint": models.pop("Joint")}
     trained, unseen = (list(map(str, splits[1][part])) for part in ("train", "val"))
-    return Setting(4, base, models, 1, trained[::10], unseen[::5], [case for case in unseen if case not in unseen[::5]],
+    return Setting(4, models, 1, trained[::10], unseen[::5], [case for case in unseen if case not in unseen[::5]],
                    others)
 
 

@@ -26,7 +26,7 @@ def main() -> None:
                         help="a file with one case id per line, or a fold of the dataset as train:0 or val:0, default: "
                              "all cases")
     parser.add_argument("--regions", action="store_true",
-                        help="make regions of the classes: each has a sigmoid of its own, and nothing is background")
+                        help="make regions of the classes: nnU-Net trains a sigmoid for each, instead of one softmax")
     parser.add_argument("-np", type=int, metavar="N", help="number of processes, default: nnU-Net's")
     parser.add_argument("--trust_checkpoints", action="store_true",
                         help="take a model whose checkpoint or plans ask for more than weights; they can run code")
