@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from nnunet_transplant.environment import ext_trainer_value
@@ -36,6 +37,14 @@ class Steps:
         execute(command.split(), self.environment)
         seconds = json.loads(self.log.read_text()) if self.log.exists() else {}
         self.log.write_text(json.dumps(seconds | {command: round(time.time() - start)}, indent=1))
+
+    def side_by_side(self, commands: Mapping[Path, str], jobs: int = 2) -> None:
+        """Several at a time, each with one thread: on few cores that is faster than one after the other with all."""
+        alone = copy.copy(self)
+        if len(commands) > 1:
+            alone.environment = self.environment | {"OMP_NUM_THREADS": "1", "nnUNet_n_proc_DA": "1"}
+        with ThreadPool(jobs) as pool:
+            pool.starmap(alone, commands.items())
 
     def into(self, results: str) -> "Steps":
         """The same, but models are trained into another folder of nnU-Net results: a second run of a trainer has no
