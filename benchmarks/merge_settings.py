@@ -21,6 +21,7 @@ from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_pla
 MOUSE, HIPPOCAMPUS = "Dataset005_MouseBrain", "Dataset004_Hippocampus"
 MOUSE_BASE = "nnUNetTrainerPlasticRate_10epochs_100iterations_NoMirroring"
 MOUSE_TASK = "nnUNetTrainerTaskVector_10epochs_25iterations_NoMirroring"
+MOUSE_PATCH = (48, 32, 32)
 WHOLE, HALF = (f"nnUNetTrainer_{epochs}epochs_100iterations_NoMirroring" for epochs in (8, 4))  # of the mouse folds
 FIRST = ("Hippocampus", "CaudatePutamen", "Ventricles", "Cerebellum")  # the others in the order of the labels
 TRAINED = [*(f"UT_{i:02d}" for i in (1, 2, 3, 5, 6, 7)), *(f"TT_{i:02d}" for i in (1, 2, 3))]
@@ -62,7 +63,7 @@ class Mouse:
         if not raw.exists():
             shutil.copytree(data, raw)
         run(folder / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 5 -c 3d_fullres -np 2")
-        write_mouse_plans(folder)
+        write_small_plans(folder, patch_size=MOUSE_PATCH)
         cases = case_names(raw)
         wild = [case for case in cases if case.startswith("WT")]
         unseen = [case for case in cases if case not in (*wild, *TRAINED)]
@@ -139,20 +140,6 @@ def folds(data: Mouse, scratch: bool) -> Setting:
     experts = {f"fold {i}": path for i, path in enumerate(found)}
     return data.setting(experts, dict.fromkeys(data.structures, "ensemble"),
                         {"ensemble": found, "one model of all cases": whole}, {}, base, known=not scratch)
-
-
-def write_mouse_plans(folder: Path) -> None:
-    """nnU-Net's own plans with four stages of 16 to 128 features, a smaller patch and batch 4."""
-    plans = json.loads((folder / "nnUNetPlans.json").read_text())
-    plans["plans_name"] = PLANS
-    configuration = plans["configurations"]["3d_fullres"]
-    configuration |= {"batch_size": 4, "patch_size": [48, 32, 32]}
-    kwargs = configuration["architecture"]["arch_kwargs"]
-    kwargs |= {"n_stages": 4, "features_per_stage": [16 * 2 ** i for i in range(4)],
-               "n_conv_per_stage_decoder": kwargs["n_conv_per_stage_decoder"][:3]}
-    for key in ("kernel_sizes", "strides", "n_conv_per_stage"):
-        kwargs[key] = kwargs[key][:4]
-    (folder / f"{PLANS}.json").write_text(json.dumps(plans, indent=4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -80,13 +80,20 @@ def prepare_hippocampus(run: Steps, data: Path, split: Callable[[list[str]], lis
     return splits
 
 
-def write_small_plans(preprocessed: Path, name: str = PLANS, features: int = 16) -> None:
-    """nnU-Net's own plans with fewer features, a smaller patch and batch 4, on the same preprocessed data."""
+def write_small_plans(preprocessed: Path, name: str = PLANS, features: int = 16,
+                      patch_size: Sequence[int] = (32, 40, 32), stages: int = 4) -> None:
+    """nnU-Net's own plans with fewer features, no more than so many stages, a smaller patch and batch 4, on the same
+    preprocessed data."""
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
     plans["plans_name"] = name
     configuration = plans["configurations"]["3d_fullres"]
-    configuration |= {"batch_size": 4, "patch_size": [32, 40, 32]}
-    configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [features * 2 ** i for i in range(4)]
+    configuration |= {"batch_size": 4, "patch_size": list(patch_size)}
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    stages = min(stages, kwargs["n_stages"])
+    kwargs |= {"n_stages": stages, "features_per_stage": [features * 2 ** i for i in range(stages)],
+               "n_conv_per_stage_decoder": kwargs["n_conv_per_stage_decoder"][:stages - 1]}
+    for key in ("kernel_sizes", "strides", "n_conv_per_stage"):
+        kwargs[key] = kwargs[key][:stages]
     (preprocessed / f"{name}.json").write_text(json.dumps(plans, indent=4, sort_keys=False))
 
 
