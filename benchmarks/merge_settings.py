@@ -1,7 +1,6 @@
 """The settings of default_merge.py: data made ready for nnU-Net, and models trained by its commands. What is there is
 not done again."""
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +16,16 @@ from hippocampus import TASKS as HIPPOCAMPUS_TASKS
 from hippocampus import splits as hippocampus_splits
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_plans, write_splits
+from transplant_settings import BASE, SEARCH, TEST, folder_name, from_file
 
 MOUSE, HIPPOCAMPUS = "Dataset005_MouseBrain", "Dataset004_Hippocampus"
-MOUSE_BASE = "nnUNetTrainerPlasticRate_10epochs_100iterations_NoMirroring"
+MOUSE_FILE = Path(__file__).parent / "settings" / "mouse.json"
+MOUSE_REGIME = "Plastic, rate 1e-3"
 MOUSE_TASK = "nnUNetTrainerTaskVector_10epochs_25iterations_NoMirroring"
-MOUSE_PATCH = (48, 32, 32)
+MOUSE_BASE = "nnUNetTrainerPlasticRate_10epochs_100iterations_NoMirroring"
 WHOLE, HALF = (f"nnUNetTrainer_{epochs}epochs_100iterations_NoMirroring" for epochs in (8, 4))  # of the mouse folds
-FIRST = ("Hippocampus", "CaudatePutamen", "Ventricles", "Cerebellum")  # the others in the order of the labels
-TRAINED = [*(f"UT_{i:02d}" for i in (1, 2, 3, 5, 6, 7)), *(f"TT_{i:02d}" for i in (1, 2, 3))]
-CHOICES = ["UT_09", "TT_05"]
-LOOK = [case for case in TRAINED if case != "TT_03"]  # 8 of the tasks' own
-OF_BASE, OF_TASKS, ALL, FOLDS = 0, 1, 2, range(3, 8)  # the splits of the mouse brains
+NEW = 4  # structures that a grown model learns
+ALL, FOLDS = 3, range(4, 9)  # splits of the mouse brains, beside those of transplant_settings.py
 
 
 @dataclass(frozen=True)
@@ -54,27 +52,20 @@ class Setting:
 # Mouse brains
 
 class Mouse:
-    """The mouse brains, and the training of what several settings share."""
+    """The mouse brains, and the training of what several settings share: the same models as those of
+    transplant_experiment.py, in the same places."""
 
     def __init__(self, run: Steps, data: Path, number: int, device: str) -> None:
         self.run, self.number = run, number
         self.train = f"-p {PLANS} -device {device}"
-        raw, folder = run.raw / MOUSE, run.preprocessed / MOUSE
-        if not raw.exists():
-            shutil.copytree(data, raw)
-        run(folder / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 5 -c 3d_fullres -np 2")
-        write_small_plans(folder, patch_size=MOUSE_PATCH)
-        cases = case_names(raw)
-        wild = [case for case in cases if case.startswith("WT")]
-        unseen = [case for case in cases if case not in (*wild, *TRAINED)]
-        self.test = [case for case in unseen if case not in CHOICES]
-        inner = generate_crossval_split([*wild, *TRAINED], seed=12345, n_splits=len(FOLDS))
-        self.splits = [{"train": wild, "val": wild[:2]}, {"train": TRAINED, "val": unseen},
-                       {"train": [*wild, *TRAINED], "val": unseen},
-                       *({part: list(map(str, names)) for part, names in fold.items()} for fold in inner)]
-        write_splits(folder, self.splits)
-        labels = json.loads((raw / "dataset.json").read_text())["labels"]
-        self.structures = [*FIRST, *(name for name in labels if name not in (*FIRST, "background"))]
+        self.setting_of_file, _ = from_file(run, MOUSE_FILE, data.resolve().parent, "small")
+        file = run.preprocessed / MOUSE / "splits_final.json"
+        self.splits = json.loads(file.read_text())
+        every = [*self.splits[BASE]["train"], *self.splits[TEST]["train"]]
+        inner = generate_crossval_split(every, seed=12345, n_splits=len(FOLDS))
+        self.splits += [{"train": every, "val": self.splits[TEST]["val"]}, *inner]
+        write_splits(run.preprocessed / MOUSE, self.splits)
+        self.structures = list(self.setting_of_file.tasks)
 
     def split_tasks(self, tasks: Mapping[str, Sequence[str]], first_id: int, more: str = "") -> dict[str, str]:
         """The dataset of each task."""
@@ -88,55 +79,55 @@ class Mouse:
         return datasets
 
     def base(self, dataset: str = MOUSE) -> Path:
-        return self.trained(self.run, [(dataset, OF_BASE)], MOUSE_BASE)[0]
+        return trained(self.run, [(dataset, BASE)], MOUSE_BASE, self.train)[0]
 
-    def tune(self, datasets: Mapping[str, str], base: Path, results: str = "results") -> dict[str, Path]:
-        run = tuning(self.run, self.number, results)
-        found = self.trained(run, [(dataset, OF_TASKS) for dataset in datasets.values()], MOUSE_TASK, base)
+    def tune(self, datasets: Mapping[str, str], base: Path, family: str = MOUSE_REGIME) -> dict[str, Path]:
+        run = self.run.into(f"{folder_name(family)}_{self.number - 1}/results")
+        found = trained(run, [(dataset, TEST) for dataset in datasets.values()], MOUSE_TASK, self.train, base)
         return dict(zip(datasets, found, strict=True))
-
-    def trained(self, run: Steps, wanted: Sequence[tuple[str, int]], trainer: str, base: Path | None = None
-                ) -> list[Path]:
-        return trained(run, wanted, trainer, self.train, base)
 
     def setting(self, experts: Mapping[str, Path], answers: Mapping[str, str],
                 others: Mapping[str, Sequence[Path]], groups: Mapping[str, Sequence[str]],
                 base: Path | None = None, known: bool = True) -> Setting:
-        return Setting(5, experts, answers, LOOK, CHOICES, self.test, others, groups, base, known)
+        own = self.splits[TEST]["train"]
+        return Setting(5, experts, answers, own[:-1], self.splits[SEARCH]["val"], self.splits[TEST]["val"], others,
+                       groups, base, known)
 
 
 def mouse(data: Mouse, tasks: int, regions: bool) -> Setting:
-    """One structure a task, from a base of all; beside them a model of the first four together."""
-    experts = data.split_tasks({name: [name] for name in data.structures}, 951 if regions else 911,
-                               " --regions" * regions)
+    """One structure a task, from a base of all; beside them one model of all these structures."""
+    wanted = data.structures[:tasks]
+    datasets = data.setting_of_file.tasks
+    joint = data.setting_of_file.joints.get(tuple(wanted))
+    if regions:
+        datasets = data.split_tasks({name: [name] for name in data.structures}, 951, " --regions")
+    elif joint is None:
+        joint = data.split_tasks({f"Joint{tasks}": wanted}, 980 + tasks)[f"Joint{tasks}"]
     base = data.base()
-    others = {}
-    if tasks == len(FIRST):
-        others = {"joint": [data.tune(data.split_tasks({"Joint": FIRST}, 910), base)["Joint"]]}
-    wanted = {name: experts[name] for name in data.structures[:tasks]}
-    return data.setting(data.tune(wanted, base), {name: name for name in wanted}, others, {})
+    experts = data.tune({name: datasets[name] for name in wanted}, base)
+    others = {} if joint is None else {"joint": [data.tune({"joint": joint}, base)["joint"]]}
+    return data.setting(experts, {name: name for name in wanted}, others, {})
 
 
 def grow(data: Mouse) -> Setting:
     """A base of 16 structures, and four tasks of the others, in one model of 20."""
-    old = [name for name in data.structures if name not in FIRST]
-    base = data.base(data.split_tasks({"Sixteen": old}, 931)["Sixteen"])
-    tasks = data.split_tasks({name: [name] for name in data.structures}, 911)
-    experts = {"base": base, **data.tune({name: tasks[name] for name in FIRST}, base, "results_grow")}
-    answers = {**{name: name for name in FIRST}, **dict.fromkeys(old, "base")}
-    return data.setting(experts, answers, {}, {"new": FIRST, "old": old})
+    new, old = data.structures[:NEW], data.structures[NEW:]
+    base = data.base(data.split_tasks({"Sixteen": old}, 945)["Sixteen"])
+    experts = data.tune({name: data.setting_of_file.tasks[name] for name in new}, base, "grow")
+    answers = {**{name: name for name in new}, **dict.fromkeys(old, "base")}
+    return data.setting({"base": base, **experts}, answers, {}, {"new": new, "old": old})
 
 
 def folds(data: Mouse, scratch: bool) -> Setting:
     """Five folds of 12 animals, from their own random weights or from a base of half the steps on all 15; beside them
     one model of all 15. Stock nnU-Net."""
-    whole = data.trained(data.run, [(MOUSE, ALL)], WHOLE)
+    whole = trained(data.run, [(MOUSE, ALL)], WHOLE, data.train)
     base = None
     if scratch:
-        found = data.trained(data.run, [(MOUSE, fold) for fold in FOLDS], WHOLE)
+        found = trained(data.run, [(MOUSE, fold) for fold in FOLDS], WHOLE, data.train)
     else:
-        base = data.trained(data.run, [(MOUSE, ALL)], HALF)[0]
-        found = data.trained(data.run, [(MOUSE, fold) for fold in FOLDS], HALF, base)
+        base = trained(data.run, [(MOUSE, ALL)], HALF, data.train)[0]
+        found = trained(data.run, [(MOUSE, fold) for fold in FOLDS], HALF, data.train, base)
     experts = {f"fold {i}": path for i, path in enumerate(found)}
     return data.setting(experts, dict.fromkeys(data.structures, "ensemble"),
                         {"ensemble": found, "one model of all cases": whole}, {}, base, known=not scratch)
@@ -193,9 +184,9 @@ def brain(run: Steps, renderer: Path, number: int, device: str) -> Setting:
     return Setting(202, models, {name: name for name in models}, own[::2], choices, test, {"joint": [joint]})
 
 
-def tuning(run: Steps, number: int, results: str = "results") -> Steps:
+def tuning(run: Steps, number: int) -> Steps:
     """Where the so-manyth fine-tuning of the same goes."""
-    return run.into(results if number == 1 else f"{results}_{number}")
+    return run.into("results" if number == 1 else f"results_{number}")
 
 
 def trained(run: Steps, wanted: Sequence[tuple[str, int]], trainer: str, options: str, base: Path | None = None

@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,12 +30,12 @@ class Steps:
             "nnUNet_extTrainer": os.pathsep.join([ext_trainer_value(), str(trainers)])}
 
     def __call__(self, result: Path, command: str) -> None:
-        """Run a command (words without spaces inside) unless `result`, which it makes, is there."""
+        """Run a command (quoted as in a shell) unless `result`, which it makes, is there."""
         if result.exists():
             return
         print(f"$ {command}", flush=True)
         start = time.time()
-        execute(command.split(), self.environment)
+        execute(shlex.split(command), self.environment)
         seconds = json.loads(self.log.read_text()) if self.log.exists() else {}
         self.log.write_text(json.dumps(seconds | {command: round(time.time() - start)}, indent=1))
 

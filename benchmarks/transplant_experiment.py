@@ -1,7 +1,8 @@
 """Does a stable base make models merge? U-Net Transplant's experiments (Lumetti et al., MICCAI 2025) on open data.
 
     python benchmarks/transplant_experiment.py WORK -hippocampus DATA/Dataset004_Hippocampus \
-        -brain MAKE_BRAIN_DATASET.PY -documentation documentation
+        -brain MAKE_BRAIN_DATASET.PY -documentation documentation/experiments
+    python benchmarks/transplant_experiment.py WORK --setting benchmarks/settings/mouse.json -data DATA
 
 Trains bases under the paper's two regimes and with one thing changed at a time, all on as many patches; fine-tunes task
 vectors from them, as often as the scale says from the two main ones; merges all pairs and all tasks, with default
@@ -13,16 +14,17 @@ continues, so an interrupted run goes on. Without -documentation it prints the t
 from what is there so far.
 """
 import argparse
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from steps import Steps
 from transplant_settings import (
     BASE,
-    MAIN,
     REGIMES,
     SCALES,
     SEARCH,
@@ -32,6 +34,7 @@ from transplant_settings import (
     brain,
     curvature_folder,
     folder_name,
+    from_file,
     hippocampus,
     merge_name,
 )
@@ -55,7 +58,9 @@ from transplant_tables import (
 TABLES = ("bases", "merges", "bases with new heads", "maps", "pairs", "rank correlations")
 # the method with default weights; that of a search, and what it searches beside weights (those of ties are only ratios)
 METHODS = {"average": ("task_arithmetic", ""), "ties": ("ties", " -search lambda=0:2")}
-EVERY = 1000  # patches: all that cover the volumes
+# the same as the paper's code does them, see documentation/published_code.md
+PUBLISHED = {"average": " -method task_arithmetic -weights{shares}",
+             "ties": " -method ties -trim tensor -density 0.1"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Experiment:
     def family(self, regime: str, seed: int) -> Family:
         base = self.base(regime)
         name = f"{folder_name(regime)}_{seed}"
-        experts = {task: self._tune(dataset, base, name) for task, dataset in self.setting.tasks.items()}
+        experts = {task: self._tune(self.setting.tasks[task], base, name) for task in self.setting.merged_tasks}
         return Family(regime, seed, base, experts, self.work / name)
 
     def _tune(self, dataset: str, base: Path, results: str, trainer: str = "nnUNetTrainerTaskVector") -> Path:
@@ -108,17 +113,24 @@ class Experiment:
     # What is made of a family
 
     def merge(self, family: Family) -> None:
-        """All merges with default weights, scored beside the experts and the base; and the same with the head fitted to
-        what the experts say of a few volumes, without labels, which is not the papers'."""
-        head = (f" -fit head -d {self.setting.whole} -cases train:{TEST} -n_cases {self.scale.search_cases} "
-                f"-n_patches {EVERY} -device {self.device}")
-        for kind, options in (("default", ""), ("fitted", head)):
+        """All merges with default weights, scored beside the experts and the base; and with looking at a few volumes,
+        without labels, which is not the papers': the same with the head fitted, the default merge, and the base with
+        its head fitted."""
+        look = f" -d {self.setting.whole} -cases train:{TEST} -device {self.device}"
+        head = f" -fit head -n_cases {self.scale.search_cases}{self._patches}{look}"
+        kinds = {"default": {method: f" -method {method}" for method in METHODS},
+                 "fitted": {method: f" -method {method}{head}" for method in METHODS}}
+        if self.scale.default:
+            kinds |= {"published": PUBLISHED, "learned": {"average": look},
+                      "nothing": {"average": f" -method task_arithmetic -weights {{zeros}} -fit head{look}"}}
+        for kind, merges in kinds.items():
             models = [*family.experts.values()] if kind == "default" else []
             for tasks in self.setting.merges:
-                for method in METHODS:
+                for method, options in merges.items():
                     models.append(family.work / "merged" / merge_name(method, kind, tasks))
-                    self.run(models[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {models[-1]} "
-                                         f"-method {method}{options}")
+                    self.run(models[-1], f"nnunet_transplant_merge -m {family.models(tasks)} -f {TEST} -o {models[-1]}"
+                                         + options.format(zeros=" ".join("0" * len(tasks)),
+                                                          shares=f" {1 / (len(tasks) - 1):.6f}" * len(tasks)))
             self._score(family, kind, models)
         if family.seed == 0:
             self._score(family, "base", [family.base], self.setting.base, BASE)
@@ -151,12 +163,16 @@ class Experiment:
     def _sweep(self, family: Family, tasks: Sequence[str], output: Path, options: str) -> None:
         self.run(output / "recipe.json",
                  f"nnunet_transplant_sweep -m {family.models(tasks)} -d {self.setting.whole} -f {SEARCH} -tune 1 "
-                 f"-n_cases {self.scale.search_cases} -n_patches {EVERY} -device {self.device} -o {output} {options}")
+                 f"-n_cases {self.scale.search_cases}{self._patches} -device {self.device} -o {output} {options}")
+
+    @property
+    def _patches(self) -> str:
+        return "" if self.scale.n_patches is None else f" -n_patches {self.scale.n_patches}"
 
     def heads_only(self, family: Family) -> None:
         """The base as it is with new heads, merged: what merging is to beat."""
-        models = [self._tune(dataset, family.base, family.work.name, "nnUNetTrainerHeadsOnly")
-                  for dataset in self.setting.tasks.values()]
+        models = [self._tune(self.setting.tasks[task], family.base, family.work.name, "nnUNetTrainerHeadsOnly")
+                  for task in self.setting.merged_tasks]
         merged = family.work / "merged" / "heads_only"
         self.run(merged, f"nnunet_transplant_merge -m {' '.join(map(str, models))} -f {TEST} -o {merged}")
         self._score(family, "heads_only", [merged])
@@ -187,19 +203,20 @@ class Experiment:
         bases = " ".join(dict.fromkeys(str(family.base) for family in families))
         regimes = [family.regime for family in families]
         output = curvature_folder(self.work, regimes)
-        eigenvalues = self.scale.eigenvalues if regimes == [*MAIN] else 1
+        eigenvalues = self.scale.eigenvalues if regimes == [*self.scale.main] else 1
         self.run(output, f"nnunet_transplant_flatness -m {bases} -tasks {tasks} -d {self.setting.base} "
                          f"-cases train:{BASE} {self.scale.curvature} -n_eigenvalues {eigenvalues} "
                          f"-device {self.device} -o {output}")
 
     def interference(self, family: Family) -> None:
         output = family.work / "interference"
-        self.run(output, f"nnunet_transplant_interference -m {family.models(self.setting.tasks)} -f {TEST} -o {output}")
+        self.run(output, f"nnunet_transplant_interference -m {family.models(self.setting.merged_tasks)} -f {TEST} "
+                         f"-o {output}")
 
     def __call__(self) -> None:
         """In the order of what it tells: the main bases, the bases with one change, more fine-tunings of the main ones.
         """
-        first = [self._merged_family(regime, 0) for regime in MAIN]
+        first = [self._merged_family(regime, 0) for regime in self.scale.main]
         self.curvature(first)
         for family in first:
             self.map(family)
@@ -212,7 +229,7 @@ class Experiment:
         for family in first:
             self.joint(family)
         for seed in range(1, self.scale.seeds):
-            for regime in MAIN:
+            for regime in self.scale.main:
                 self.search(self._merged_family(regime, seed))
 
     def _merged_family(self, regime: str, seed: int) -> Family:
@@ -222,28 +239,29 @@ class Experiment:
         return family
 
 
-def show(setting: Setting, table: pd.DataFrame, dice: pd.Series, known: pd.DataFrame, measured: Mapping[str, dict],
-         documentation: Path | None) -> None:
-    """Print the tables, or write them and the figures into the documentation. table: `scores`; dice: their means;
-    known: `pairs`; measured: `curvature`."""
+def show(setting: Setting, main: Sequence[str], table: pd.DataFrame, dice: pd.Series, known: pd.DataFrame,
+         measured: Mapping[str, dict], paper: Mapping[str, Any], documentation: Path | None) -> None:
+    """Print the tables, or write them and the figures into the documentation. main: the regimes compared; table:
+    `scores`; dice: their means; known: `pairs`; measured: `curvature`; paper: its own numbers, see `table_3`."""
     work = setting.run.work
-    tables = (table_1(dice, measured), table_3(dice, setting.merges), others(dice), maps(work, setting.merges[0]),
-              known.set_index(["regime", "seed", "tasks"]), rank_correlations(known))
+    tables = (table_1(dice, measured), table_3(dice, setting.merges, paper), others(dice),
+              maps(work, main, setting.merges[0]), known.set_index(["regime", "seed", "tasks"]),
+              rank_correlations(known))
     for name, content in zip(TABLES, tables, strict=True):
         if documentation is None:
             print(f"{setting.name}: {name}\n{content.to_string()}\n")
         else:
-            write_section(documentation / "results.md", f"{setting.name}: {name}",
+            write_section(documentation / "stable_base.md", f"{setting.name}: {name}",
                           markdown(content) if len(content) else "Not measured.")
     if documentation is not None:
-        figures = {curvature_folder(work, MAIN) / "flatness.png": "flatness"} | {
-            work / f"{folder_name(regime)}_0" / name / "sweep.png": f"{name}_{regime.lower()}"
-            for regime in MAIN for name in ("map", "map_fitted")}
+        figures = {curvature_folder(work, main) / "flatness.png": "flatness"} | {
+            work / f"{folder_name(regime)}_0" / name / "sweep.png": f"{name}_{folder_name(regime).lower()}"
+            for regime in main for name in ("map", "map_fitted")}
         for figure, name in figures.items():
             if figure.exists():
                 shutil.copy(figure, documentation / f"{setting.name}_{name}.png")
-        if len(setting.tasks) > 2:
-            save_all_tasks_figure(table, [*setting.tasks], documentation / f"{setting.name}_merged.png")
+        if len(setting.merged_tasks) > 2:
+            save_all_tasks_figure(table, main, setting.merged_tasks, documentation / f"{setting.name}_merged.png")
 
 
 def main() -> None:
@@ -251,26 +269,36 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for everything that is trained and measured")
     parser.add_argument("-hippocampus", type=Path, help="Dataset004_Hippocampus in nnU-Net raw format")
     parser.add_argument("-brain", type=Path, help="make_brain_dataset.py, with its label maps beside it")
-    parser.add_argument("-documentation", type=Path, help="folder whose results.md and figures are written anew")
+    parser.add_argument("--setting", type=Path, help="FILE.json: any two nnU-Net datasets, see settings/README.md")
+    parser.add_argument("-data", type=Path, help="with --setting: the folder of its datasets, in nnU-Net raw format")
+    parser.add_argument("-documentation", type=Path, help="folder whose stable_base.md and figures are written anew")
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--tables", action="store_true", help="train and measure nothing")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     dice, tasks, known = {}, {}, {}
-    for name, data, prepare in (("hippocampus", args.hippocampus, hippocampus), ("brain", args.brain, brain)):
-        if data is not None:
-            scale = SCALES[args.scale][name]
-            setting = prepare(Steps(args.work / name), data.resolve(), scale.features, scale.tasks)
-            if not args.tables:
-                Experiment(setting, scale, args.device)()
-            table = scores(setting.run.work)
-            dice[name], tasks[name] = mean_scores(table), [*setting.tasks]
-            measured = curvature(setting.run.work)
-            known[name] = pairs(setting.run.work, dice[name], measured)
-            show(setting, table, dice[name], known[name], measured, args.documentation)
+    for setting, scale, paper in wanted(args):
+        if not args.tables:
+            Experiment(setting, scale, args.device)()
+        table = scores(setting.run.work)
+        dice[setting.name], tasks[setting.name] = mean_scores(table), setting.merged_tasks
+        measured = curvature(setting.run.work, scale.main)
+        known[setting.name] = pairs(setting.run.work, dice[setting.name], measured)
+        show(setting, scale.main, table, dice[setting.name], known[setting.name], measured, paper, args.documentation)
     if args.documentation is not None and dice:
         save_summary_figure(dice, tasks, args.documentation / "transplant.png")
         save_bases_figure(known, args.documentation / "transplant_bases.png")
+
+
+def wanted(args: argparse.Namespace) -> Iterator[tuple[Setting, Scale, Mapping[str, Any]]]:
+    """The settings that are asked for, their scales, and the paper's own numbers of them."""
+    for name, data, prepare in (("hippocampus", args.hippocampus, hippocampus), ("brain", args.brain, brain)):
+        if data is not None:
+            scale = SCALES[args.scale][name]
+            yield prepare(Steps(args.work / name), data.resolve(), scale), scale, {}
+    if args.setting is not None:
+        told = json.loads(args.setting.read_text())
+        yield *from_file(Steps(args.work / told["name"]), args.setting, args.data, args.scale), told.get("paper", {})
 
 
 if __name__ == "__main__":

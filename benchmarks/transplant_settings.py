@@ -1,5 +1,8 @@
-"""The regimes and the two data sets of transplant_experiment.py, these made ready for nnU-Net: which cases a base sees,
+"""The regimes and the settings of transplant_experiment.py, data sets made ready for nnU-Net: which cases a base sees,
 which its tasks, which choose the weights of merges, and which test."""
+import json
+import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -12,6 +15,7 @@ from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_pla
 # folds: what trains a base; what trains tasks, with the test cases for validation, and with those of searches
 BASE, TEST, SEARCH = 0, 1, 2
 MAIN = ("Stable", "Plastic")
+PATCH = (32, 40, 32)  # of small plans
 
 
 class Regime(NamedTuple):
@@ -26,7 +30,9 @@ REGIMES = {"Stable": Regime("nnUNetTrainerStable", 4), "Plastic": Regime("nnUNet
            "Plastic, dropout 0.5": Regime("nnUNetTrainerPlasticDropout", 8),
            "Plastic, rate 1e-3": Regime("nnUNetTrainerPlasticRate", 8),
            "stock nnU-Net": Regime("nnUNetTrainerStockBatch4", 4),
-           "Plastic, 3 times as long": Regime("nnUNetTrainerPlastic", 8, 3)}
+           "Plastic, 3 times as long": Regime("nnUNetTrainerPlastic", 8, 3),
+           "Stable, as published": Regime("nnUNetTrainerStablePublished", 4),
+           "Plastic, as published": Regime("nnUNetTrainerPlasticPublished", 8)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class Scale:
     many epochs. task_steps: of eight patches, in so many epochs. suffix: of all trainers. seeds: fine-tunings from a
     main base; their merges' weights are searched in so many trials on so many cases. grid: values of both weights in
     the full map. curvature: options of flatness; eigenvalues: of a main base. all_joints: joint models of all pairs.
-    changed: regimes beside the main ones. tasks: so many of the brain's.
+    main: the regimes that are compared; changed: regimes beside them. tasks: so many of the setting's. n_patches: that
+    merges look at, None for the default. default: whether the default merge, the base with a fitted head, and merges as
+    the paper's code does them are made as well.
     """
     features: int | None
     base_patches: int
@@ -50,8 +58,12 @@ class Scale:
     curvature: str
     eigenvalues: int
     all_joints: bool
-    changed: Sequence[str] = tuple(REGIMES)[len(MAIN):]
+    main: Sequence[str] = MAIN
+    changed: Sequence[str] = ("Plastic, batch 4", "Plastic, dropout 0.5", "Plastic, rate 1e-3", "stock nnU-Net",
+                              "Plastic, 3 times as long")
     tasks: int = 4
+    n_patches: int | None = 1000  # all that cover the volumes
+    default: bool = False
 
     def trainer(self, name: str, epochs: int, steps: int) -> str:
         return f"{name}_{epochs}epochs_{steps // epochs}iterations{self.suffix}"
@@ -66,6 +78,9 @@ SMALL = Scale(features=16, base_patches=6000, base_epochs=10, task_steps=250, ta
 FULL = Scale(features=None, base_patches=100000, base_epochs=100, task_steps=2500, task_epochs=10, suffix="", seeds=3,
              trials=44, search_cases=16, grid=21, curvature="-n_patches 64 -n_probes 10", eigenvalues=10,
              all_joints=True)
+FILE_SCALES = {"toy": replace(TOY, n_patches=None, default=True, tasks=2),
+               "small": replace(SMALL, n_patches=None, default=True, changed=()),
+               "full": replace(FULL, n_patches=None, default=True, changed=())}
 SCALES = {"toy": {"hippocampus": TOY, "brain": TOY},
           "small": {"hippocampus": SMALL,
                     # one seed: fine-tuning the four tasks from both bases once more takes an hour
@@ -78,7 +93,7 @@ SCALES = {"toy": {"hippocampus": TOY, "brain": TOY},
 @dataclass(frozen=True)
 class Setting:
     """base: the data set that bases are trained on; whole: the one with all structures of the tasks, which everything
-    is scored on. tasks: data set by structure. joints: data set of several structures, by these."""
+    is scored on. tasks: data set by structure. joints: data set of several structures that are merged, by these."""
     name: str
     run: Steps
     plans: str
@@ -86,6 +101,11 @@ class Setting:
     whole: str
     tasks: Mapping[str, str]
     joints: Mapping[tuple[str, ...], str]
+
+    @property
+    def merged_tasks(self) -> tuple[str, ...]:
+        """The structures that are merged, all together: the first of the tasks."""
+        return self.merges[-1]
 
     @property
     def merges(self) -> list[tuple[str, ...]]:
@@ -110,11 +130,12 @@ def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
     return pairs if len(tasks) == 2 else [*pairs, tuple(tasks)]
 
 
-def hippocampus(run: Steps, data: Path, features: int | None, tasks: int) -> Setting:
+def hippocampus(run: Steps, data: Path, scale: Scale) -> Setting:
     """Dataset004_Hippocampus, see `hippocampus_splits`. The base is trained on both structures."""
     name, structures = "Dataset004_Hippocampus", ("Anterior", "Posterior")
     splits = prepare_hippocampus(run, data, hippocampus_splits)
-    return _split_tasks(run, "hippocampus", name, name, structures[:tasks], splits, features, first_id=901)
+    return _split_tasks(run, "hippocampus", name, name, {each: [each] for each in structures}, splits, scale,
+                        first_id=901)
 
 
 def hippocampus_splits(cases: list[str]) -> list[dict[str, list[str]]]:
@@ -125,7 +146,7 @@ def hippocampus_splits(cases: list[str]) -> list[dict[str, list[str]]]:
     return [{"train": first["train"][half::2], "val": kept} for half, kept in ((0, tests), (1, tests), (1, searched))]
 
 
-def brain(run: Steps, renderer: Path, features: int | None, tasks: int) -> Setting:
+def brain(run: Steps, renderer: Path, scale: Scale) -> Setting:
     """Volumes of 4 mm rendered from brain anatomies: the base sees T1 contrast with 11 structures (subjects 1 to 10),
     the tasks T2 contrast of subjects 11 to 14, four renderings of each; two more choose weights. Subjects 15 and 16
     test, four renderings of each."""
@@ -147,24 +168,67 @@ def brain(run: Steps, renderer: Path, features: int | None, tasks: int) -> Setti
     (run.preprocessed / whole).mkdir(parents=True, exist_ok=True)
     write_splits(run.preprocessed / whole, splits)
     structures = ("Thalamus", "LateralVentricle", "Cerebellum", "Brainstem")
-    return _split_tasks(run, "brain", base, whole, structures[:tasks], splits, features, first_id=911)
+    return _split_tasks(run, "brain", base, whole, {each: [each] for each in structures[:scale.tasks]}, splits, scale,
+                        first_id=911)
 
 
-def _split_tasks(run: Steps, name: str, base: str, whole: str, tasks: Sequence[str], splits: Sequence[Mapping],
-                 features: int | None, first_id: int) -> Setting:
-    """A data set for each task and for all that are merged together, preprocessed by the base's plans: nnU-Net's own,
-    or with so many features small ones."""
-    plans = "nnUNetPlans" if features is None else PLANS
-    if features is not None:
-        write_small_plans(run.preprocessed / base, plans, features)
-    structures = {task: (task,) for task in tasks} | {f"Joint{''.join(each)}": each for each in together(tasks)}
-    ids = range(first_id, first_id + len(structures))
-    datasets = {short: f"Dataset{number}_{short}" for number, short in zip(ids, structures, strict=True)}
-    run(run.raw / [*datasets.values()][-1],
-        f"nnunet_transplant_split_tasks -d {whole} {'' if whole == base else f'-plans_from {base} '}-tasks "
-        + " ".join(f"{short}={'+'.join(each)}" for short, each in structures.items())
-        + f" -ids {' '.join(map(str, ids))} -p {plans}")
-    for dataset in datasets.values():
-        write_splits(run.preprocessed / dataset, splits)
-    return Setting(name, run, plans, base, whole, {task: datasets[task] for task in tasks},
-                   {each: datasets[f"Joint{''.join(each)}"] for each in together(tasks)})
+def from_file(run: Steps, file: Path, data: Path, name: str) -> tuple[Setting, Scale]:
+    """A setting of any two nnU-Net datasets, as a file of settings/ says (see its README), and the scale of this name.
+
+    data: the folder that holds the datasets.
+    """
+    told = json.loads(file.read_text())
+    scale = replace(FILE_SCALES[name], **told.get("scales", {}).get(name, {}))
+    base, whole = told["base"]["dataset"], told["tasks"]["dataset"]
+    run.raw.mkdir(parents=True, exist_ok=True)
+    for dataset in {base, whole}:
+        if not (run.raw / dataset).exists():
+            shutil.copytree(data / dataset, run.raw / dataset)
+    run(run.preprocessed / base / "nnUNetPlans_3d_fullres",
+        f"nnUNetv2_plan_and_preprocess -d {int(base[7:10])} -c 3d_fullres -np 2")
+    cases = case_names(run.raw / base)
+    own = told["base"].get("train", cases[:-4])
+    write_splits(run.preprocessed / base, [{"train": own, "val": [case for case in cases if case not in own] or own}])
+    parts = told["tasks"] if "train" in told["tasks"] else task_cases(case_names(run.raw / whole))
+    splits = [{"train": parts["train"], "val": parts[part]} for part in ("test", "test", "search")]
+    if whole == base:
+        splits[BASE] = {"train": own, "val": parts["test"]}
+    (run.preprocessed / whole).mkdir(parents=True, exist_ok=True)
+    write_splits(run.preprocessed / whole, splits)
+    return _split_tasks(run, told["name"], base, whole, told["tasks"]["structures"], splits, scale, told["first_id"],
+                        told.get("patch_size", PATCH), told.get("regions", False)), scale
+
+
+def task_cases(cases: list[str]) -> dict[str, list[str]]:
+    """nnU-Net's first fold: its training cases train the tasks; three of five of its validation cases test, two choose
+    weights."""
+    first = generate_crossval_split(cases, seed=12345, n_splits=5)[0]
+    return {"train": list(map(str, first["train"])), "test": [case for i, case in enumerate(first["val"]) if i % 5 < 3],
+            "search": [case for i, case in enumerate(first["val"]) if i % 5 >= 3]}
+
+
+def _split_tasks(run: Steps, name: str, base: str, whole: str, structures: Mapping[str, Sequence[str]],
+                 splits: Sequence[Mapping], scale: Scale, first_id: int, patch_size: Sequence[int] = PATCH,
+                 regions: bool = False) -> Setting:
+    """A data set for each task, and for all of the first ones that are merged together, preprocessed by the base's
+    plans: nnU-Net's own, or small ones. structures: the labels of each task, which it joins."""
+    plans = "nnUNetPlans" if scale.features is None else PLANS
+    if scale.features is not None:
+        write_small_plans(run.preprocessed / base, plans, scale.features, patch_size)
+
+    def split(tasks: Mapping[str, Sequence[str]], first: int) -> dict[str, str]:
+        """Of each name the tasks that it is of -> its data set."""
+        datasets = {short: f"Dataset{first + i}_{short}" for i, short in enumerate(tasks)}
+        classes = {short: "+".join(",".join(structures[task]) for task in each) for short, each in tasks.items()}
+        run(run.raw / [*datasets.values()][-1],
+            f"nnunet_transplant_split_tasks -d {whole} {'' if whole == base else f'-plans_from {base} '}-tasks "
+            + " ".join(shlex.quote(f"{short}={labels}") for short, labels in classes.items())
+            + f" -ids {' '.join(str(first + i) for i in range(len(tasks)))} -p {plans}{' --regions' * regions}")
+        for dataset in datasets.values():
+            write_splits(run.preprocessed / dataset, splits)
+        return datasets
+
+    datasets = split({task: [task] for task in structures}, first_id)
+    merges = together(list(structures)[:scale.tasks])
+    joints = split({f"Joint{''.join(each)}": each for each in merges}, first_id + len(structures))
+    return Setting(name, run, plans, base, whole, datasets, dict(zip(merges, joints.values(), strict=True)))

@@ -3,6 +3,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,9 @@ from nnunet_transplant.figures.common import MODEL_COLOURS, save_figure
 from nnunet_transplant.figures.evaluation import save_dice_figure
 
 TITLES = {f"{method} {kind}": title + more for method, title in (("average", "average"), ("ties", "TIES"))
-          for kind, more in (("default", ""), ("searched", ", searched"), ("fitted", ", head fitted"))}
+          for kind, more in (("default", ""), ("published", ", as published"), ("searched", ", searched"),
+                             ("fitted", ", head fitted"))}
+TITLES |= {"average nothing": "base, head fitted", "average learned": "the default merge"}
 
 
 def families(work: Path) -> Iterator[tuple[str, int, Path]]:
@@ -42,7 +45,7 @@ def scores(work: Path) -> pd.DataFrame:
 
 def _kind(folder: str, label: str, structure: str) -> tuple[str, str]:
     """What a row of an evaluation is about, from how the experiment names its folders."""
-    if match := re.fullmatch(r"(average|ties)_(default|searched|fitted|grid)_(.+)", label):
+    if match := re.fullmatch(r"(average|ties)_(default|published|searched|fitted|grid|learned|nothing)_(.+)", label):
         return f"{match[1]} {match[2]}", match[3]
     if folder.startswith("joint_"):
         return "joint", folder.removeprefix("joint_")
@@ -63,10 +66,10 @@ def mean_scores(table: pd.DataFrame) -> pd.Series:
     return means(table.assign(tasks=table["tasks"].where(table["kind"] != "base", "")))
 
 
-def curvature(work: Path) -> dict[str, dict]:
+def curvature(work: Path, main: Sequence[str]) -> dict[str, dict]:
     """What flatness measured of each regime's base."""
     found = {}
-    for regimes in (MAIN, *([regime] for regime in REGIMES)):
+    for regimes in (main, *([regime] for regime in REGIMES)):
         file = curvature_folder(work, regimes) / "flatness.json"
         if file.exists():
             found |= zip(regimes, json.loads(file.read_text())["models"].values(), strict=True)
@@ -86,9 +89,11 @@ def table_1(dice: pd.Series, measured_bases: Mapping[str, dict]) -> pd.DataFrame
             [regime for regime in REGIMES if regime in rows])
 
 
-def table_3(dice: pd.Series, merges: Sequence[Sequence[str]]) -> pd.DataFrame:
+def table_3(dice: pd.Series, merges: Sequence[Sequence[str]], paper: Mapping[str, Any]) -> pd.DataFrame:
     """Tasks that are merged (in the order of `merges`) x method and weights, beside experts and the joint model: mean
-    over the fine-tunings, and where there are several, their range (U-Net Transplant, Table 3)."""
+    over the fine-tunings, and where there are several, their range (U-Net Transplant, Table 3).
+
+    paper: its own numbers, by regime, tasks and column."""
     experts = dice.xs("expert", level="kind")
     rows = {}
     for regime in REGIMES:
@@ -101,7 +106,10 @@ def table_3(dice: pd.Series, merges: Sequence[Sequence[str]]) -> pd.DataFrame:
             rows[regime, tasks.replace("-", ", ")] = {
                 **{TITLES.get(kind, kind): _with_range(values) for kind, values in each.items()},
                 "experts": _with_range(of_experts.groupby("seed").mean())}
-    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=[*TITLES.values(), "joint", "experts"])
+    rows |= {(f"{regime}, the paper's", tasks): {column: f"{value:.3f}" for column, value in row.items()}
+             for regime, table in paper.items() for tasks, row in table.items()}
+    columns = [title for title in (*TITLES.values(), "joint", "experts") if any(title in row for row in rows.values())]
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
 
 
 def others(dice: pd.Series) -> pd.DataFrame:
@@ -111,12 +119,12 @@ def others(dice: pd.Series) -> pd.DataFrame:
     return found.loc[[regime for regime in REGIMES if regime in found.index]]
 
 
-def maps(work: Path, tasks: Sequence[str]) -> pd.DataFrame:
+def maps(work: Path, main: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
     """Mean Dice over the grids of the weights of these two tasks (U-Net Transplant, Fig. 3): at the default, at the
     best, the best that a search of so few merges finds on the same cases, and the share of the grid that is less than
     0.05 below the best."""
     rows = {}
-    for regime in MAIN:
+    for regime in main:
         family = work / f"{folder_name(regime)}_0"
         for name, title in (("map", "joined heads"), ("map_fitted", "fitted heads")):
             if not (family / name / "sweep.csv").exists():
@@ -179,12 +187,13 @@ def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
                                 for each in before} for name in lost})
 
 
-def save_all_tasks_figure(table: pd.DataFrame, tasks: Sequence[str], path: Path) -> None:
+def save_all_tasks_figure(table: pd.DataFrame, main: Sequence[str], tasks: Sequence[str], path: Path) -> None:
     """U-Net Transplant, Fig. 4: all tasks in one model, by both methods from both bases; a dot is a fine-tuning."""
     table = table[table["tasks"] == "-".join(tasks)]
     dice, models = {}, []
-    for kind in ("average default", "ties default", "average fitted", "ties fitted"):
-        for regime in MAIN:
+    for kind in ("average default", "ties default", "average fitted", "ties fitted", "average nothing",
+                 "average learned"):
+        for regime in main:
             rows = table[(table["regime"] == regime) & (table["kind"] == kind)]
             if rows.empty:
                 continue
@@ -202,6 +211,7 @@ def save_summary_figure(dice: Mapping[str, pd.Series], tasks: Mapping[str, Seque
     dice: `mean_scores` of each setting; tasks: the setting's."""
     bars = {}
     for kind, title in (("average default", "average"), ("average fitted", "average, head fitted"),
+                        ("average nothing", TITLES["average nothing"]), ("average learned", TITLES["average learned"]),
                         ("joint", "trained on all tasks together"), ("expert", "experts, a model for each task")):
         for regime in reversed(MAIN):
             for setting, known in dice.items():

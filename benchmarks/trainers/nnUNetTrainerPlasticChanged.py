@@ -1,6 +1,6 @@
-"""nnUNetTrainerPlastic with one of the three things changed that make it nnUNetTrainerStable; batches of four by
-nnU-Net's own optimiser; and task vectors of zero, which are new heads on a base that stays as it is. Each with variants
-of any length."""
+"""nnUNetTrainerPlastic with one of the three things changed that make it nnUNetTrainerStable; both as the published
+code of U-Net Transplant trains them, with dropout 0.1; batches of four by nnU-Net's own optimiser; and task vectors of
+zero, which are new heads on a base that stays as it is. Each with variants of any length."""
 from collections.abc import Callable
 
 import torch
@@ -25,6 +25,18 @@ class nnUNetTrainerPlasticRate(TransplantTrainer):
     learning_rate = 1e-3
 
 
+class nnUNetTrainerStablePublished(TransplantTrainer):
+    effective_batch_size = 4
+    learning_rate = 1e-3
+    dropout = 0.1
+
+
+class nnUNetTrainerPlasticPublished(TransplantTrainer):
+    effective_batch_size = 8
+    learning_rate = 1e-4
+    dropout = 0.1
+
+
 class nnUNetTrainerStockBatch4(TransplantTrainer):
     effective_batch_size = 4
     learning_rate = 1e-2
@@ -44,7 +56,8 @@ class nnUNetTrainerHeadsOnly(TaskVectorTrainer):
 
 def __getattr__(name: str) -> Callable:
     for trainer in (nnUNetTrainerPlasticBatch4, nnUNetTrainerPlasticDropout, nnUNetTrainerPlasticRate,
-                    nnUNetTrainerStockBatch4, nnUNetTrainerHeadsOnly):
+                    nnUNetTrainerStablePublished, nnUNetTrainerPlasticPublished, nnUNetTrainerStockBatch4,
+                    nnUNetTrainerHeadsOnly):
         if name.startswith(trainer.__name__):
             return variants_of(trainer)(name)
     raise AttributeError(name)

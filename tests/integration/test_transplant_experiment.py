@@ -70,7 +70,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_the_whole_experiment(experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documentation = tmp_path / "documentation"
     documentation.mkdir()
-    results = documentation / "results.md"
+    results = documentation / "stable_base.md"
     results.write_text("# Results\n" + "\n".join(f"<!-- brain: {table} -->\n<!-- end of brain: {table} -->"
                                                  for table in experiment.TABLES))
     monkeypatch.setattr(sys, "argv", ["transplant_experiment.py", str(tmp_path / "work"), "--scale", "toy", "-brain",
