@@ -2,6 +2,7 @@
 
     python benchmarks/default_merge.py mouse DATA/Dataset005_MouseBrain WORK -tasks 4
     python benchmarks/default_merge.py grow DATA/Dataset005_MouseBrain WORK
+    python benchmarks/default_merge.py forgetting DATA/Dataset005_MouseBrain WORK
     python benchmarks/default_merge.py folds DATA/Dataset005_MouseBrain WORK
     python benchmarks/default_merge.py scratch DATA/Dataset005_MouseBrain WORK
     python benchmarks/default_merge.py hippocampus DATA/Dataset004_Hippocampus WORK
@@ -9,7 +10,8 @@
 
 mouse: a base of all 20 structures on six wild-type brains, tasks of one structure each (-tasks: the first 4, 8 or all
 20) on nine transgenic ones, three others to test, two others for choices (and as images that no model was trained on).
-grow: a base of 16 of them, tasks of the other four, all in one model. folds: five folds of 15 animals from one base;
+grow: a base of 16 of them, tasks of the other four, all in one model. forgetting: beside it, other ways to learn new
+structures. folds: five folds of 15 animals from one base;
 scratch: each from its own random weights. hippocampus: a base of both structures on 80 cases, two tasks on 80 others,
 32 to test, 8 for choices. brain: a base in T1 contrast, four tasks in T2.
 
@@ -27,7 +29,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from merge_settings import Mouse, Setting, brain, folds, grow, hippocampus, mouse
+from merge_settings import Mouse, Setting, brain, folds, forgetting, grow, hippocampus, mouse, scratch
 from steps import Steps
 
 from nnunet_transplant.analysis.scoring import LabelledCase, MergedNetwork, dice, open_labelled_cases
@@ -46,7 +48,7 @@ WITHOUT_IMAGES = ("iso_c", "iso_cts", "model_stock", "breadcrumbs", "consensus",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=("mouse", "grow", "folds", "scratch", "hippocampus", "brain"))
+    parser.add_argument("setting", choices=("mouse", "grow", "forgetting", "folds", "scratch", "hippocampus", "brain"))
     parser.add_argument("data", type=Path, help="the dataset in nnU-Net raw format, or for brain its renderer")
     parser.add_argument("work", type=Path, help="folder for nnUNet_raw, nnUNet_preprocessed and nnUNet_results")
     parser.add_argument("-tasks", type=int, default=4, help="of the mouse setting")
@@ -76,7 +78,7 @@ def made(args: argparse.Namespace) -> Setting:
     data = Mouse(run, args.data, args.run, args.device)
     if args.setting == "mouse":
         return mouse(data, args.tasks, args.regions)
-    return grow(data) if args.setting == "grow" else folds(data, args.setting == "scratch")
+    return {"grow": grow, "forgetting": forgetting, "folds": folds, "scratch": scratch}[args.setting](data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,10 +91,15 @@ def rivals(setting: Setting, work: Path) -> dict[str, Options]:
                             for name, options in starts(setting).items()},
         f"default, {len(setting.choices)} volumes of nobody": nobody, "default, 2 volumes": {**look, "n_cases": 2},
         "default, no images": {}, "average": {"method": "average"}, "average, head fitted": {"fit": "head", **look}}
+    first, options = next(iter(starts(setting).items()))
+    rows[f"{first}, head polish"] = {"fit": ["head", "polish"], "steps": 200, **options, **look}
     if setting.known:
-        rows |= {f"{name}, head polish": {"fit": ["head", "polish"], "steps": 200, **options, **look}
-                 for name, options in starts(setting).items()}
-        rows |= {"fisher, head fitted": {"method": "fisher", "fit": "head", **look}}
+        rows["fisher, head fitted"] = {"method": "fisher", "fit": "head", **look}
+        rows["average, head polish"] = {"fit": ["head", "polish"], "steps": 200, **look}
+    else:
+        zipped: Options = {"align": "mudsc", "units": "zip", **look}
+        rows["zip, head fitted"] = {"fit": "head", **zipped}
+        rows["zip, head polish"] = {"fit": ["head", "polish"], "steps": 200, **zipped}
     return rows
 
 

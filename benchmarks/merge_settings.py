@@ -2,7 +2,7 @@
 not done again."""
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from brain import BASE as BRAIN_BASE
@@ -23,6 +23,7 @@ MOUSE_FILE = Path(__file__).parent / "settings" / "mouse.json"
 MOUSE_REGIME = "Plastic, rate 1e-3"
 MOUSE_TASK = "nnUNetTrainerTaskVector_10epochs_25iterations_NoMirroring"
 MOUSE_BASE = "nnUNetTrainerPlasticRate_10epochs_100iterations_NoMirroring"
+LONG_TASK = "nnUNetTrainerTaskVector_10epochs_100iterations_NoMirroring"  # the steps of four tasks
 WHOLE, HALF = (f"nnUNetTrainer_{epochs}epochs_100iterations_NoMirroring" for epochs in (8, 4))  # of the mouse folds
 NEW = 4  # structures that a grown model learns
 ALL, FOLDS = 3, range(4, 9)  # splits of the mouse brains, beside those of transplant_settings.py
@@ -118,19 +119,38 @@ def grow(data: Mouse) -> Setting:
     return data.setting({"base": base, **experts}, answers, {}, {"new": new, "old": old})
 
 
-def folds(data: Mouse, scratch: bool) -> Setting:
-    """Five folds of 12 animals, from their own random weights or from a base of half the steps on all 15; beside them
-    one model of all 15. Stock nnU-Net."""
+def forgetting(data: Mouse) -> Setting:
+    """`grow`, and what else one could do with as many steps: train all 20 structures, for which the old labels are
+    needed; the new ones alone, and read the old ones by the base's head; or the new ones without forgetting."""
+    setting = grow(data)
+    base, run = setting.experts["base"], data.run.into("grow_0/results")
+    new = data.setting_of_file.joints[data.setting_of_file.merged_tasks]
+    with_all, alone = trained(run, [(MOUSE, TEST), (new, TEST)], LONG_TASK, data.train, base)
+    run.environment |= {"TRANSPLANT_BASE": str(base)}
+    kept = trained(run, [(MOUSE, TEST)], LONG_TASK.replace("TaskVector", "WithoutForgetting"), data.train, base)
+    plain = data.run.work / "grow_0" / "new_alone"
+    data.run(plain, f"nnunet_transplant_merge -m {base} {alone} -method task_arithmetic -weights 0 1 -o {plain}")
+    return replace(setting, others={"joint, with the old labels": [with_all], "the new ones alone": [plain],
+                                    "without forgetting": kept})
+
+
+def folds(data: Mouse) -> Setting:
+    """Five folds of 12 animals, from a base of half the steps on all 15. Stock nnU-Net."""
+    base = trained(data.run, [(MOUSE, ALL)], HALF, data.train)[0]
+    return _folds(data, trained(data.run, [(MOUSE, fold) for fold in FOLDS], HALF, data.train, base), base)
+
+
+def scratch(data: Mouse) -> Setting:
+    """Five folds of 12 animals, each from its own random weights. Stock nnU-Net."""
+    return _folds(data, trained(data.run, [(MOUSE, fold) for fold in FOLDS], WHOLE, data.train), None)
+
+
+def _folds(data: Mouse, found: Sequence[Path], base: Path | None) -> Setting:
+    """Beside them one model of all 15 animals."""
     whole = trained(data.run, [(MOUSE, ALL)], WHOLE, data.train)
-    base = None
-    if scratch:
-        found = trained(data.run, [(MOUSE, fold) for fold in FOLDS], WHOLE, data.train)
-    else:
-        base = trained(data.run, [(MOUSE, ALL)], HALF, data.train)[0]
-        found = trained(data.run, [(MOUSE, fold) for fold in FOLDS], HALF, data.train, base)
-    experts = {f"fold {i}": path for i, path in enumerate(found)}
-    return data.setting(experts, dict.fromkeys(data.structures, "ensemble"),
-                        {"ensemble": found, "one model of all cases": whole}, {}, base, known=not scratch)
+    return data.setting({f"fold {i}": path for i, path in enumerate(found)},
+                        dict.fromkeys(data.structures, "ensemble"),
+                        {"ensemble": found, "one model of all cases": whole}, {}, base, known=base is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,10 +84,35 @@ class Experiment:
         self.work = setting.run.work
 
     def base(self, regime: str) -> Path:
-        trainer, batch, length = REGIMES[regime]
+        trainer, batch, length, until = REGIMES[regime]
         steps = self.scale.base_patches // batch * length
-        return self._train(self.run, self.setting.base, BASE,
-                           self.scale.trainer(trainer, self.scale.base_epochs, steps))
+        model = self._train(self.run, self.setting.base, BASE,
+                            self.scale.trainer(trainer, self.scale.base_epochs, steps))
+        return model if until is None else self._early(model, self.base(until))
+
+    def _early(self, model: Path, other: Path) -> Path:
+        """A model folder of the first of its epochs that is as good as another base, on cases that neither saw."""
+        folder, epoch = self.work / "early" / model.name, 0
+        if folder.exists():
+            return folder
+        goal, dice = self._validation_dice(other, "checkpoint_final.pth"), -1.0
+        while dice < goal:
+            epoch += 1
+            dice = self._validation_dice(model, f"checkpoint_epoch_{epoch}.pth")
+        print(f"{model.name}: {dice:.3f} after {epoch} epochs, {other.name}: {goal:.3f}", flush=True)
+        shutil.copytree(model, folder, ignore=shutil.ignore_patterns("checkpoint_*", "validation"))
+        shutil.copy(model / f"fold_{BASE}" / f"checkpoint_epoch_{epoch}.pth",
+                    folder / f"fold_{BASE}" / "checkpoint_final.pth")
+        return folder
+
+    def _validation_dice(self, model: Path, checkpoint: str) -> float:
+        """The mean over structures, on cases for choices, or where the base has a data set of its own, on this one's.
+        """
+        same = self.setting.base == self.setting.whole
+        output = self.work / "early" / "scores" / f"{model.name}_{Path(checkpoint).stem}"
+        self.run(output, f"nnunet_transplant_evaluate -m {model} -chk {checkpoint} -d {self.setting.base} "
+                         f"-f {SEARCH if same else BASE} -o {output} -device {self.device}")
+        return float(pd.read_csv(output / "evaluation.csv").groupby("structure")["dice"].mean().mean())
 
     def family(self, regime: str, seed: int) -> Family:
         base = self.base(regime)

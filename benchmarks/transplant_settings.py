@@ -19,10 +19,12 @@ PATCH = (32, 40, 32)  # of small plans
 
 
 class Regime(NamedTuple):
-    """How a base is trained. batch: patches of an optimiser step; length: of the training, in that of the main two."""
+    """How a base is trained. batch: patches of an optimiser step; length: of the training, in that of the main two;
+    until: not to its end, but until it is as good as the base of that regime."""
     trainer: str
     batch: int
     length: int = 1
+    until: str | None = None
 
 
 REGIMES = {"Stable": Regime("nnUNetTrainerStable", 4), "Plastic": Regime("nnUNetTrainerPlastic", 8),
@@ -31,6 +33,7 @@ REGIMES = {"Stable": Regime("nnUNetTrainerStable", 4), "Plastic": Regime("nnUNet
            "Plastic, rate 1e-3": Regime("nnUNetTrainerPlasticRate", 8),
            "stock nnU-Net": Regime("nnUNetTrainerStockBatch4", 4),
            "Plastic, 3 times as long": Regime("nnUNetTrainerPlastic", 8, 3),
+           "Plastic, rate 1e-3, as good as Stable": Regime("nnUNetTrainerPlasticRateKept", 8, until="Stable"),
            "Stable, as published": Regime("nnUNetTrainerStablePublished", 4),
            "Plastic, as published": Regime("nnUNetTrainerPlasticPublished", 8)}
 

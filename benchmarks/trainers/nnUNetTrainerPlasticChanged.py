@@ -1,6 +1,7 @@
-"""nnUNetTrainerPlastic with one of the three things changed that make it nnUNetTrainerStable; both as the published
-code of U-Net Transplant trains them, with dropout 0.1; batches of four by nnU-Net's own optimiser; and task vectors of
-zero, which are new heads on a base that stays as it is. Each with variants of any length."""
+"""nnUNetTrainerPlastic with one of the three things changed that make it nnUNetTrainerStable, and one of these that
+keeps a checkpoint of every epoch; both as the published code of U-Net Transplant trains them, with dropout 0.1; batches
+of four by nnU-Net's own optimiser; and task vectors of zero, which are new heads on a base that stays as it is. Each
+with variants of any length."""
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,12 @@ class nnUNetTrainerPlasticDropout(TransplantTrainer):
 class nnUNetTrainerPlasticRate(TransplantTrainer):
     effective_batch_size = 8
     learning_rate = 1e-3
+
+
+class nnUNetTrainerPlasticRateKept(nnUNetTrainerPlasticRate):
+    def on_epoch_end(self) -> None:
+        super().on_epoch_end()
+        self.save_checkpoint(f"{self.output_folder}/checkpoint_epoch_{self.current_epoch}.pth")
 
 
 class nnUNetTrainerStablePublished(TransplantTrainer):
@@ -55,7 +62,8 @@ class nnUNetTrainerHeadsOnly(TaskVectorTrainer):
 
 
 def __getattr__(name: str) -> Callable:
-    for trainer in (nnUNetTrainerPlasticBatch4, nnUNetTrainerPlasticDropout, nnUNetTrainerPlasticRate,
+    for trainer in (nnUNetTrainerPlasticBatch4, nnUNetTrainerPlasticDropout, nnUNetTrainerPlasticRateKept,
+                    nnUNetTrainerPlasticRate,
                     nnUNetTrainerStablePublished, nnUNetTrainerPlasticPublished, nnUNetTrainerStockBatch4,
                     nnUNetTrainerHeadsOnly):
         if name.startswith(trainer.__name__):
