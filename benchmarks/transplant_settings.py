@@ -204,10 +204,12 @@ def from_file(run: Steps, file: Path, data: Path, name: str) -> tuple[Setting, S
 
 def task_cases(cases: list[str]) -> dict[str, list[str]]:
     """nnU-Net's first fold: its training cases train the tasks; three of five of its validation cases test, two choose
-    weights."""
+    weights, at least one."""
     first = generate_crossval_split(cases, seed=12345, n_splits=5)[0]
-    return {"train": list(map(str, first["train"])), "test": [case for i, case in enumerate(first["val"]) if i % 5 < 3],
-            "search": [case for i, case in enumerate(first["val"]) if i % 5 >= 3]}
+    unseen = list(map(str, first["val"]))
+    search = [case for i, case in enumerate(unseen) if i % 5 >= 3] or unseen[-1:]
+    return {"train": list(map(str, first["train"])), "test": [case for case in unseen if case not in search],
+            "search": search}
 
 
 def _split_tasks(run: Steps, name: str, base: str, whole: str, structures: Mapping[str, Sequence[str]],
