@@ -1,6 +1,6 @@
-"""The figure of documentation/alignment.md: which units of a small U-Net share one permutation.
+"""The figure of documentation/reference/alignment.md: which units of a small U-Net share one permutation.
 
-    python benchmarks/alignment_figure.py documentation/alignment.png
+    python benchmarks/alignment_figure.py documentation/reference/alignment.png
 """
 import re
 import sys

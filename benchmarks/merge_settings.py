@@ -103,7 +103,7 @@ def mouse(data: Mouse, tasks: int, regions: bool) -> Setting:
     if regions:
         datasets = data.split_tasks({name: [name] for name in data.structures}, 951, " --regions")
     elif joint is None:
-        joint = data.split_tasks({f"Joint{tasks}": wanted}, 980 + tasks)[f"Joint{tasks}"]
+        joint = data.split_tasks({f"Joint{tasks}": wanted}, 970 + tasks)[f"Joint{tasks}"]
     base = data.base()
     experts = data.tune({name: datasets[name] for name in wanted}, base)
     others = {} if joint is None else {"joint": [data.tune({"joint": joint}, base)["joint"]]}

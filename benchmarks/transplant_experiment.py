@@ -58,7 +58,7 @@ from transplant_tables import (
 TABLES = ("bases", "merges", "bases with new heads", "maps", "pairs", "rank correlations")
 # the method with default weights; that of a search, and what it searches beside weights (those of ties are only ratios)
 METHODS = {"average": ("task_arithmetic", ""), "ties": ("ties", " -search lambda=0:2")}
-# the same as the paper's code does them, see documentation/published_code.md
+# the same as the paper's code does them, see documentation/experiments/published_code.md
 PUBLISHED = {"average": " -method task_arithmetic -weights{shares}",
              "ties": " -method ties -trim tensor -density 0.1"}
 

@@ -21,7 +21,7 @@ def choose(models: Sequence[TrainedModel], recipe: Recipe, base: bool = False) -
     """The recipe with steps for these models, and the reason in words.
 
     base: whether the user gave one, so that the models have it in common. The figures behind this table:
-    documentation/merging.md, "What is done by default".
+    documentation/reference/merging.md, "What is done by default".
     """
     if len(models) == 1:
         return Choice(recipe, "one model")

@@ -2,6 +2,7 @@
 import importlib
 import re
 import shlex
+import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -98,3 +99,12 @@ def check_flags(words: list[str], parse) -> None:
     flags = parse(words, whole=False)._option_string_actions
     for word in words[1:]:
         assert not re.match(r"--?[a-z]", word) or word in flags, " ".join(words)
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other versions of Python write help in another way")
+@pytest.mark.parametrize("name", ["commands.md", "front_door.md"])
+def test_generated_pages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "documentation")
+    made = importlib.import_module("generate").pages()[name]
+    assert (ROOT / "documentation" / "reference" / name).read_text(encoding="utf-8") == made, \
+        "run: python documentation/generate.py"

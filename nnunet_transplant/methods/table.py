@@ -1,4 +1,4 @@
-"""The steps as documentation/methods.md lists them: `python -m nnunet_transplant.methods.table`."""
+"""The steps as documentation/reference/methods.md lists them: `python -m nnunet_transplant.methods.table`."""
 from collections.abc import Iterable, Sequence
 
 from nnunet_transplant.alignment import ALIGNERS

@@ -15,7 +15,7 @@ from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.steps import Step
 from nnunet_transplant.vectors import Tensors
 
-DOCUMENTATION = Path(__file__).parents[2] / "documentation" / "methods.md"
+DOCUMENTATION = Path(__file__).parents[2] / "documentation" / "reference" / "methods.md"
 STEPS = [*ALIGNERS.values(), *METHODS.values(), *FITS.values()]
 
 
