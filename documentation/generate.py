@@ -63,7 +63,7 @@ def signature(name: str, function: Callable) -> str:
                   f"{name}{inspect.signature(function)}")
     text = re.sub(r"(Plan|Recipe)\([^()]*(\(\)[^()]*)*\)", r"\1()", text)
     text = re.sub(r"(num_processes: int = )\d+", r"\1nnU-Net's", text)
-    text = re.sub(r"<function (\w+) at \w+>", r"\1", text)
+    text = re.sub(r"<function ([\w.<>]+) at \w+>", r"\1", text)
     return "\n".join(textwrap.wrap(text, 100, subsequent_indent="    ", break_long_words=False))
 
 
