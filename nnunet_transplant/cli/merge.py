@@ -93,6 +93,7 @@ def say(merged: Merged) -> None:
     check = merged.provenance.get("check")
     if check is not None:
         print(f"agreement with the experts (Dice) on {check['patches']} patches"
-              + " that no step looked at" * check["held_back"] + f":\n{table_of(check['agreement'])}")
+              + (" that no step looked at" if check["held_back"] else ", all of which the steps looked at, too")
+              + f":\n{table_of(check['agreement'])}")
     for note in merged.notes:
         print(f"note: {note}")
