@@ -44,8 +44,11 @@ setup(
         "console_scripts": [f"nnunet_transplant_{name} = nnunet_transplant.cli.{name}:main" for name in COMMANDS]
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Image Processing",
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
     ],
