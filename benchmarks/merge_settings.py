@@ -24,7 +24,8 @@ MOUSE_REGIME = "Plastic, rate 1e-3"
 MOUSE_TASK = "nnUNetTrainerTaskVector_10epochs_25iterations_NoMirroring"
 MOUSE_BASE = "nnUNetTrainerPlasticRate_10epochs_100iterations_NoMirroring"
 LONG_TASK = "nnUNetTrainerTaskVector_10epochs_100iterations_NoMirroring"  # the steps of four tasks
-WHOLE, HALF = (f"nnUNetTrainer_{epochs}epochs_100iterations_NoMirroring" for epochs in (8, 4))  # of the mouse folds
+# of folds: 500 steps of 8 patches; from a base 250 more
+WHOLE, MORE = (f"nnUNetTrainerPlasticRate_5epochs_{steps}iterations_NoMirroring" for steps in (100, 50))
 NEW = 4  # structures that a grown model learns
 ALL, FOLDS = 3, range(4, 9)  # splits of the mouse brains, beside those of transplant_settings.py
 
@@ -135,13 +136,13 @@ def forgetting(data: Mouse) -> Setting:
 
 
 def folds(data: Mouse) -> Setting:
-    """Five folds of 12 animals, from a base of half the steps on all 15. Stock nnU-Net."""
-    base = trained(data.run, [(MOUSE, ALL)], HALF, data.train)[0]
-    return _folds(data, trained(data.run, [(MOUSE, fold) for fold in FOLDS], HALF, data.train, base), base)
+    """Five folds of 12 animals, from the model of all 15."""
+    base = trained(data.run, [(MOUSE, ALL)], WHOLE, data.train)[0]
+    return _folds(data, trained(data.run, [(MOUSE, fold) for fold in FOLDS], MORE, data.train, base), base)
 
 
 def scratch(data: Mouse) -> Setting:
-    """Five folds of 12 animals, each from its own random weights. Stock nnU-Net."""
+    """Five folds of 12 animals, each from its own random weights."""
     return _folds(data, trained(data.run, [(MOUSE, fold) for fold in FOLDS], WHOLE, data.train), None)
 
 
