@@ -1,10 +1,10 @@
 """Four tasks on real brain anatomy in rendered MR contrast, on a CPU.
 
-    python benchmarks/brain.py MAKE_BRAIN_DATASET.PY WORK
+    python benchmarks/brain.py LABEL_MAPS WORK
 
 Pre-trains on T1 contrast with all 11 structures (subjects 1 to 10), fine-tunes four tasks of one structure each and all
 four together (Joint) on T2 contrast (subjects 11 to 14), merges the four tasks by every method, and scores everything
-on subjects 15 and 16, which no model saw. MAKE_BRAIN_DATASET.PY renders the volumes (4 mm) from label maps. The base
+on subjects 15 and 16, which no model saw. render_brains.py makes the volumes (4 mm) from LABEL_MAPS. The base
 comes from the stock trainer: in as many steps (2000) nnUNetTrainerStable, with its dropout, does not learn the small
 structures. Every step is a command a user types; one whose result is there is skipped, so an interrupted run goes on.
 """
@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from methods import merge_and_score
-from steps import PLANS, Steps, case_names, write_small_plans, write_splits
+from steps import PLANS, Steps, case_names, render, write_small_plans, write_splits
 
 BASE = "nnUNetTrainer_16epochs_125iterations_NoMirroring"
 TASK = "nnUNetTrainerTaskVector_10epochs_30iterations_NoMirroring"
@@ -24,21 +24,20 @@ RENDERS = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("renderer", type=Path, help="make_brain_dataset.py, with its label maps beside it")
+    parser.add_argument("label_maps", type=Path, help="folder, see render_brains.py")
     parser.add_argument("work", type=Path, help="folder for nnUNet_raw, nnUNet_preprocessed and nnUNet_results")
     parser.add_argument("-device", default="cpu")
     args = parser.parse_args()
     run = Steps(args.work)
-    models = train(run, args.renderer.resolve(), args.device)
+    models = train(run, args.label_maps.resolve(), args.device)
     merge_and_score(run, [models[name] for name in STRUCTURES], models, dataset=202, fold=0, device=args.device)
     print(run.log.read_text())
 
 
-def train(run: Steps, renderer: Path, device: str) -> dict[str, Path]:
+def train(run: Steps, label_maps: Path, device: str) -> dict[str, Path]:
     """Render, preprocess, pre-train, split and fine-tune. Returns the model folders: base, the four experts, Joint."""
     for name, contrast, subjects in ((T1, "t1", "1-10"), (T2, "t2", "11-16")):
-        run(run.raw / name / "dataset.json", f"python {renderer} {run.raw / name} --contrast {contrast} "
-                                             f"--subjects {subjects} --renders {RENDERS} --spacing 4")
+        render(run, label_maps, name, contrast, subjects, RENDERS)
     run(run.preprocessed / T1 / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 201 -c 3d_fullres -np 2")
     write_small_plans(run.preprocessed / T1)
     # the base takes all its volumes but a few that show how it learns; its own subjects are no test

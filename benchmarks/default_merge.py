@@ -6,7 +6,7 @@
     python benchmarks/default_merge.py folds DATA/Dataset005_MouseBrain WORK
     python benchmarks/default_merge.py scratch DATA/Dataset005_MouseBrain WORK
     python benchmarks/default_merge.py hippocampus DATA/Dataset004_Hippocampus WORK
-    python benchmarks/default_merge.py brain MAKE_BRAIN_DATASET.PY WORK
+    python benchmarks/default_merge.py brain LABEL_MAPS WORK
 
 mouse: a base of all 20 structures on six wild-type brains, tasks of one structure each (-tasks: the first 4, 8 or all
 20) on nine transgenic ones, three others to test, two others for choices (and as images that no model was trained on).
@@ -49,7 +49,7 @@ WITHOUT_IMAGES = ("iso_c", "iso_cts", "model_stock", "breadcrumbs", "consensus",
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=("mouse", "grow", "forgetting", "folds", "scratch", "hippocampus", "brain"))
-    parser.add_argument("data", type=Path, help="the dataset in nnU-Net raw format, or for brain its renderer")
+    parser.add_argument("data", type=Path, help="the dataset in nnU-Net raw format, or for brain its label maps")
     parser.add_argument("work", type=Path, help="folder for nnUNet_raw, nnUNet_preprocessed and nnUNet_results")
     parser.add_argument("-tasks", type=int, default=4, help="of the mouse setting")
     parser.add_argument("-run", type=int, default=1, help="of the fine-tuning")

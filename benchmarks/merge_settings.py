@@ -15,7 +15,7 @@ from hippocampus import TASK as HIPPOCAMPUS_TASK
 from hippocampus import TASKS as HIPPOCAMPUS_TASKS
 from hippocampus import splits as hippocampus_splits
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_plans, write_splits
+from steps import PLANS, Steps, case_names, prepare_hippocampus, render, write_small_plans, write_splits
 from transplant_settings import BASE, SEARCH, TEST, folder_name, from_file
 
 MOUSE, HIPPOCAMPUS = "Dataset005_MouseBrain", "Dataset004_Hippocampus"
@@ -175,13 +175,12 @@ def hippocampus(run: Steps, data: Path, number: int, device: str) -> Setting:
                    [case for case in unseen if case not in unseen[::5]], {"joint": [joint]})
 
 
-def brain(run: Steps, renderer: Path, number: int, device: str) -> Setting:
+def brain(run: Steps, label_maps: Path, number: int, device: str) -> Setting:
     """Four tasks in another contrast than the base's, as brain.py trains them. For choices, and as images of nobody,
     two of the base's subjects in the tasks' contrast."""
     options = f"-p {PLANS} -device {device}"
     for name, contrast, subjects in ((T1, "t1", "1-10"), (T2, "t2", "9-16")):
-        run(run.raw / name / "dataset.json", f"python {renderer.resolve()} {run.raw / name} --contrast {contrast} "
-                                             f"--subjects {subjects} --renders 4 --spacing 4")
+        render(run, label_maps.resolve(), name, contrast, subjects, renders=4)
     run(run.preprocessed / T1 / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 201 -c 3d_fullres -np 2")
     write_small_plans(run.preprocessed / T1)
     cases = case_names(run.raw / T1)

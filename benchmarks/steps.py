@@ -69,6 +69,13 @@ def case_names(raw: Path) -> list[str]:
     return sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").iterdir())
 
 
+def render(run: Steps, label_maps: Path, dataset: str, contrast: str, subjects: str, renders: int) -> None:
+    """A raw dataset of brain volumes, see render_brains.py."""
+    run(run.raw / dataset / "dataset.json",
+        f"python {Path(__file__).with_name('render_brains.py')} {label_maps} {run.raw / dataset} -contrast {contrast} "
+        f"-subjects {subjects} -renders {renders}")
+
+
 def prepare_hippocampus(run: Steps, data: Path, split: Callable[[list[str]], list[dict[str, list[str]]]]
                         ) -> list[dict[str, list[str]]]:
     """Dataset004_Hippocampus planned, preprocessed and split as `split` says of its cases; the splits."""

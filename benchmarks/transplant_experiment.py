@@ -1,7 +1,7 @@
 """Does a stable base make models merge? U-Net Transplant's experiments (Lumetti et al., MICCAI 2025) on open data.
 
     python benchmarks/transplant_experiment.py WORK -hippocampus DATA/Dataset004_Hippocampus \
-        -brain MAKE_BRAIN_DATASET.PY -documentation documentation/experiments
+        -brain LABEL_MAPS -documentation documentation/experiments
     python benchmarks/transplant_experiment.py WORK --setting benchmarks/settings/mouse.json -data DATA
 
 Trains bases under the paper's two regimes and with one thing changed at a time, all on as many patches; fine-tunes task
@@ -42,7 +42,7 @@ from transplant_tables import (
     curvature,
     maps,
     markdown,
-    mean_scores,
+    means,
     others,
     pairs,
     rank_correlations,
@@ -293,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for everything that is trained and measured")
     parser.add_argument("-hippocampus", type=Path, help="Dataset004_Hippocampus in nnU-Net raw format")
-    parser.add_argument("-brain", type=Path, help="make_brain_dataset.py, with its label maps beside it")
+    parser.add_argument("-brain", type=Path, help="label maps, see render_brains.py")
     parser.add_argument("--setting", type=Path, help="FILE.json: any two nnU-Net datasets, see settings/README.md")
     parser.add_argument("-data", type=Path, help="with --setting: the folder of its datasets, in nnU-Net raw format")
     parser.add_argument("-documentation", type=Path, help="folder whose stable_base.md and figures are written anew")
@@ -306,7 +306,7 @@ def main() -> None:
         if not args.tables:
             Experiment(setting, scale, args.device)()
         table = scores(setting.run.work)
-        dice[setting.name], tasks[setting.name] = mean_scores(table), setting.merged_tasks
+        dice[setting.name], tasks[setting.name] = means(table), setting.merged_tasks
         measured = curvature(setting.run.work, scale.main)
         known[setting.name] = pairs(setting.run.work, dice[setting.name], measured)
         show(setting, scale.main, table, dice[setting.name], known[setting.name], measured, paper, args.documentation)

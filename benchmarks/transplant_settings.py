@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
-from steps import PLANS, Steps, case_names, prepare_hippocampus, write_small_plans, write_splits
+from steps import PLANS, Steps, case_names, prepare_hippocampus, render, write_small_plans, write_splits
 
 # folds: what trains a base; what trains tasks, with the test cases for validation, and with those of searches
 BASE, TEST, SEARCH = 0, 1, 2
@@ -149,14 +149,13 @@ def hippocampus_splits(cases: list[str]) -> list[dict[str, list[str]]]:
     return [{"train": first["train"][half::2], "val": kept} for half, kept in ((0, tests), (1, tests), (1, searched))]
 
 
-def brain(run: Steps, renderer: Path, scale: Scale) -> Setting:
+def brain(run: Steps, label_maps: Path, scale: Scale) -> Setting:
     """Volumes of 4 mm rendered from brain anatomies: the base sees T1 contrast with 11 structures (subjects 1 to 10),
     the tasks T2 contrast of subjects 11 to 14, four renderings of each; two more choose weights. Subjects 15 and 16
     test, four renderings of each."""
     base, whole = "Dataset201_BrainT1", "Dataset202_BrainT2"
     for name, contrast, subjects, renders in ((base, "t1", "1-10", 4), (whole, "t2", "11-16", 6)):
-        run(run.raw / name / "dataset.json", f"python {renderer} {run.raw / name} --contrast {contrast} "
-                                             f"--subjects {subjects} --renders {renders} --spacing 4")
+        render(run, label_maps, name, contrast, subjects, renders)
     run(run.preprocessed / base / "nnUNetPlans_3d_fullres", "nnUNetv2_plan_and_preprocess -d 201 -c 3d_fullres -np 2")
     cases = case_names(run.raw / base)  # all but a few that show how the base learns; its own subjects are no test
     write_splits(run.preprocessed / base, [{"train": cases[:-4], "val": cases[-4:]}])

@@ -34,8 +34,7 @@ def scores(work: Path) -> pd.DataFrame:
     for regime, seed, folder in families(work):
         for file in sorted(folder.glob("scores/*/evaluation.csv")):
             table = pd.read_csv(file)
-            named = [_kind(file.parent.name, label, structure)
-                     for label, structure in zip(table["model"], table["structure"], strict=True)]
+            named = [_kind(file.parent.name, label) for label in table["model"]]
             found.append(table.assign(regime=regime, seed=seed, kind=[kind for kind, _ in named],
                                       tasks=[tasks for _, tasks in named]))
     if not found:
@@ -43,7 +42,7 @@ def scores(work: Path) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def _kind(folder: str, label: str, structure: str) -> tuple[str, str]:
+def _kind(folder: str, label: str) -> tuple[str, str]:
     """What a row of an evaluation is about, from how the experiment names its folders."""
     if match := re.fullmatch(r"(average|ties)_(default|published|searched|fitted|grid|learned|nothing)_(.+)", label):
         return f"{match[1]} {match[2]}", match[3]
@@ -51,7 +50,14 @@ def _kind(folder: str, label: str, structure: str) -> tuple[str, str]:
         return "joint", folder.removeprefix("joint_")
     if label == "heads_only":
         return "heads only", ""
-    return ("base" if folder == "base" else "expert"), structure
+    return ("base", "") if folder == "base" else ("expert", _task(label))
+
+
+def _task(label: str) -> str:
+    """That an expert is of."""
+    match = re.fullmatch(r"Dataset\d+_(.+?)__.+", label)
+    assert match is not None, label
+    return match[1]
 
 
 def means(table: pd.DataFrame) -> pd.Series:
@@ -59,11 +65,6 @@ def means(table: pd.DataFrame) -> pd.Series:
     kind and tasks."""
     keys = ["regime", "seed", "kind", "tasks"]
     return table.groupby([*keys, "structure"])["dice"].mean().groupby(keys).mean()
-
-
-def mean_scores(table: pd.DataFrame) -> pd.Series:
-    """`means` of the `scores`; of a base of all structures, one number."""
-    return means(table.assign(tasks=table["tasks"].where(table["kind"] != "base", "")))
 
 
 def curvature(work: Path, main: Sequence[str]) -> dict[str, dict]:
@@ -159,7 +160,7 @@ def pairs(work: Path, dice: pd.Series, measured: Mapping[str, dict]) -> pd.DataF
         whole = table[table["stage"] == table["stage"].iloc[-1]]
         norms = whole[whole["other"].isna() & whole["task"].notna()].set_index("task")["norm"]
         for _, pair in whole[whole["other"].notna()].iterrows():
-            tasks = [re.fullmatch(r"Dataset\d+_(.+?)__.+", label)[1] for label in (pair["task"], pair["other"])]
+            tasks = [_task(label) for label in (pair["task"], pair["other"])]
             lengths = norms[[pair["task"], pair["other"]]]
             row = {"regime": regime, "seed": seed, "tasks": ", ".join(tasks), "cosine": pair["cosine"],
                    "sign conflict": pair["sign_conflict"], "overlap": pair["overlap"], "norm": lengths.mean()}
@@ -190,7 +191,9 @@ def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
 def save_all_tasks_figure(table: pd.DataFrame, main: Sequence[str], tasks: Sequence[str], path: Path) -> None:
     """U-Net Transplant, Fig. 4: all tasks in one model, by both methods from both bases; a dot is a fine-tuning."""
     table = table[table["tasks"] == "-".join(tasks)]
-    dice, models = {}, []
+    structures = list(table["structure"].unique())
+    dice: dict[tuple[str, str], list[float]] = {}
+    models: list[str] = []
     for kind in ("average default", "ties default", "average fitted", "ties fitted", "average nothing",
                  "average learned"):
         for regime in main:
@@ -199,16 +202,16 @@ def save_all_tasks_figure(table: pd.DataFrame, main: Sequence[str], tasks: Seque
                 continue
             models.append(f"{regime} base, {TITLES[kind]}")
             by_seed = rows.groupby(["seed", "structure"])["dice"].mean().unstack()
-            dice |= {(structure, models[-1]): by_seed[structure].tolist() for structure in tasks}
+            dice |= {(structure, models[-1]): by_seed[structure].tolist() for structure in structures}
             dice["mean", models[-1]] = by_seed.mean(axis=1).tolist()
     if dice:
-        save_dice_figure(dice, [*tasks, "mean"], models, f"{len(tasks)} tasks merged into one model", path)
+        save_dice_figure(dice, [*structures, "mean"], models, f"{len(tasks)} tasks merged into one model", path)
 
 
 def save_summary_figure(dice: Mapping[str, pd.Series], tasks: Mapping[str, Sequence[str]], path: Path) -> None:
     """What base, head and merging are worth: all tasks of each setting in one model; a dot is a fine-tuning.
 
-    dice: `mean_scores` of each setting; tasks: the setting's."""
+    dice: `means` of each setting; tasks: the setting's."""
     bars = {}
     for kind, title in (("average default", "average"), ("average fitted", "average, head fitted"),
                         ("average nothing", TITLES["average nothing"]), ("average learned", TITLES["average learned"]),

@@ -22,41 +22,10 @@ pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-RENDERER = '''
-import json, sys
-from pathlib import Path
-import numpy as np, SimpleITK as sitk
-
-# called as make_brain_dataset.py is
-output, _, contrast, _, subjects, _, renders, *_ = sys.argv[1:]
-folder, contrast = Path(output), ["t1", "t2"].index(contrast)
-first, last = map(int, subjects.split("-"))
-names = [f"brain_{subject:02d}_{index:02d}" for subject in range(first, last + 1) for index in range(int(renders))]
-labels = ["Thalamus", "LateralVentricle", "Cerebellum", "Brainstem", "Cortex"]
-for part in ("imagesTr", "labelsTr"):
-    (folder / part).mkdir(parents=True, exist_ok=True)
-grid = np.stack(np.meshgrid(*[np.arange(32)] * 3, indexing="ij"))
-for number, name in enumerate(names):
-    rng = np.random.default_rng([number, contrast])
-    reference = np.zeros((32, 32, 32), np.uint8)
-    for value in range(1, len(labels) + 1):
-        centre = 16 + 9 * np.array([(value & 1) - 0.5, (value >> 1 & 1) - 0.5, (value >> 2) - 0.5])
-        reference[((grid - (centre + rng.normal(0, 1, 3))[:, None, None, None]) ** 2).sum(0) < 25] = value
-    image = rng.normal(0, 0.2, reference.shape) + (reference if contrast == 0 else -reference)
-    sitk.WriteImage(sitk.GetImageFromArray(image.astype(np.float32)), folder / "imagesTr" / f"{name}_0000.nii.gz")
-    sitk.WriteImage(sitk.GetImageFromArray(reference), folder / "labelsTr" / f"{name}.nii.gz")
-(folder / "dataset.json").write_text(json.dumps({
-    "channel_names": {"0": "MRI"}, "labels": {"background": 0, **{n: i for i, n in enumerate(labels, 1)}},
-    "numTraining": len(names), "file_ending": ".nii.gz"}))
-'''
-
-
 @pytest.fixture
 def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The script as a module, its commands run in forks of a server that has imported nnU-Net."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    (tmp_path / "renderer.py").write_text(RENDERER)
-
     def execute(command: Sequence[str], environment: Mapping[str, str]) -> None:
         if command[0] == "python":
             subprocess.run([sys.executable, *command[1:]], check=True)
@@ -89,10 +58,24 @@ def row_of(documentation: Path, regime: str, tasks: str) -> list[str]:
     return re.search(rf"^\| {regime} \| {tasks} \| (.+) \|$", text, re.M)[1].split(" | ")
 
 
-def test_the_whole_experiment(experiment, tmp_path: Path, documentation: Path, monkeypatch: pytest.MonkeyPatch
-                              ) -> None:
+@pytest.fixture
+def label_maps(tmp_path: Path) -> Path:
+    """Of 16 subjects, in FreeSurfer's numbers: a grid of boxes, 24 mm each."""
+    folder = tmp_path / "label_maps"
+    folder.mkdir()
+    labels = np.array([0, 2, 3, 4, 10, 16, 8, 0, 42, 43, 49, 16, 47, 41, 24, 7], np.int16)
+    places = np.stack(np.meshgrid(*[np.arange(48) // 12] * 3, indexing="ij"))
+    for subject in range(16):
+        image = SimpleITK.GetImageFromArray(labels[(places[0] + 4 * places[1] + 3 * places[2]) % len(labels)])
+        image.SetSpacing([2.0] * 3)
+        SimpleITK.WriteImage(image, str(folder / f"head_{subject:02d}.nii.gz"))
+    return folder
+
+
+def test_the_whole_experiment(experiment, tmp_path: Path, label_maps: Path, documentation: Path,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["transplant_experiment.py", str(tmp_path / "work"), "--scale", "toy", "-brain",
-                                      str(tmp_path / "renderer.py"), "-documentation", str(documentation)])
+                                      str(label_maps), "-documentation", str(documentation)])
     experiment.main()
 
     for regime in ("Stable", "Plastic"):
