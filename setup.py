@@ -1,8 +1,19 @@
 """Packaging. The top-level folder trainers/ is installed as nnunet_transplant.trainers: nnU-Net finds it through
 nnUNet_extTrainer, and nothing is ever written into nnU-Net's own package."""
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HOME = ""  # the repository's public address, once it has one, such as https://github.com/NAME/nnunet_transplant
+
+
+def readme() -> str:
+    """With links that work outside of the repository: whole addresses, or where it has none, only their words."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    inside = r"(!?)\[([^]]*)\]\((?!https?://|#)([^)]+)\)"
+    return re.sub(inside, rf"\1[\2]({HOME}/raw/main/\3)" if HOME else r"\2", text)
+
 
 COMMANDS = ("trainers", "split_tasks", "merge", "extract", "predict", "evaluate", "interference", "flatness",
             "sweep", "landscape", "report", "spec", "demo")
@@ -11,8 +22,9 @@ setup(
     name="nnunet_transplant",
     version="0.2.0",
     description="Merge nnU-Nets as easily as you train them: wide-minima pre-training, task vectors, model merging",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
+    project_urls={"Source": HOME, "Documentation": f"{HOME}/tree/main/documentation"} if HOME else {},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
