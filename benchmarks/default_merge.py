@@ -5,15 +5,16 @@
     python benchmarks/default_merge.py forgetting DATA/Dataset005_MouseBrain WORK
     python benchmarks/default_merge.py folds DATA/Dataset005_MouseBrain WORK
     python benchmarks/default_merge.py scratch DATA/Dataset005_MouseBrain WORK
+    python benchmarks/default_merge.py strangers DATA/Dataset005_MouseBrain WORK
     python benchmarks/default_merge.py hippocampus DATA/Dataset004_Hippocampus WORK
     python benchmarks/default_merge.py brain LABEL_MAPS WORK
 
 mouse: a base of all 20 structures on six wild-type brains, tasks of one structure each (-tasks: the first 4, 8 or all
 20) on nine transgenic ones, three others to test, two others for choices (and as images that no model was trained on).
 grow: a base of 16 of them, tasks of the other four, all in one model. forgetting: beside it, other ways to learn new
-structures. folds: five folds of 15 animals from one base;
-scratch: each from its own random weights. hippocampus: a base of both structures on 80 cases, two tasks on 80 others,
-32 to test, 8 for choices. brain: a base in T1 contrast, four tasks in T2.
+structures. folds: five folds of 15 animals from one base; scratch: each from its own random weights. strangers: two
+tasks, each from its own. hippocampus: a base of both structures on 80 cases, two tasks on 80 others, 32 to test, 8 for
+choices. brain: a base in T1 contrast, four tasks in T2.
 
 -run K: fine-tune the tasks anew, for a second and third run of the same. --regions: tasks of regions (sigmoid heads).
 --curves: the default with fewer volumes, and with other numbers of steps. --choices: merges of other settings. Models
@@ -29,7 +30,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from merge_settings import Mouse, Setting, brain, folds, forgetting, grow, hippocampus, mouse, scratch
+from merge_settings import Mouse, Setting, brain, folds, forgetting, grow, hippocampus, mouse, scratch, strangers
 from steps import Steps
 
 from nnunet_transplant.analysis.scoring import LabelledCase, MergedNetwork, dice, open_labelled_cases
@@ -41,6 +42,7 @@ from nnunet_transplant.model_folder import open_models
 from nnunet_transplant.targets import name_targets
 
 Options = dict[str, Any]
+OF_MOUSE = {"grow": grow, "forgetting": forgetting, "folds": folds, "scratch": scratch, "strangers": strangers}
 FIT = ["head", "entries"]
 WITHOUT_IMAGES = ("iso_c", "iso_cts", "model_stock", "breadcrumbs", "consensus", "ties", "tsv_m", "della", "pcb",
                   "magmax")
@@ -48,7 +50,7 @@ WITHOUT_IMAGES = ("iso_c", "iso_cts", "model_stock", "breadcrumbs", "consensus",
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=("mouse", "grow", "forgetting", "folds", "scratch", "hippocampus", "brain"))
+    parser.add_argument("setting", choices=[*OF_MOUSE, "mouse", "hippocampus", "brain"])
     parser.add_argument("data", type=Path, help="the dataset in nnU-Net raw format, or for brain its label maps")
     parser.add_argument("work", type=Path, help="folder for nnUNet_raw, nnUNet_preprocessed and nnUNet_results")
     parser.add_argument("-tasks", type=int, default=4, help="of the mouse setting")
@@ -78,7 +80,7 @@ def made(args: argparse.Namespace) -> Setting:
     data = Mouse(run, args.data, args.run, args.device)
     if args.setting == "mouse":
         return mouse(data, args.tasks, args.regions)
-    return {"grow": grow, "forgetting": forgetting, "folds": folds, "scratch": scratch}[args.setting](data)
+    return OF_MOUSE[args.setting](data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -146,6 +146,15 @@ def scratch(data: Mouse) -> Setting:
     return _folds(data, trained(data.run, [(MOUSE, fold) for fold in FOLDS], WHOLE, data.train), None)
 
 
+def strangers(data: Mouse) -> Setting:
+    """Two tasks of the tasks' animals, each from its own random weights; beside them one model of both."""
+    names = data.structures[:2]
+    datasets = [*(data.setting_of_file.tasks[name] for name in names), data.setting_of_file.joints[tuple(names)]]
+    *found, joint = trained(data.run, [(dataset, TEST) for dataset in datasets], WHOLE, data.train)
+    return data.setting(dict(zip(names, found, strict=True)), {name: name for name in names}, {"joint": [joint]}, {},
+                        known=False)
+
+
 def _folds(data: Mouse, found: Sequence[Path], base: Path | None) -> Setting:
     """Beside them one model of all 15 animals."""
     whole = trained(data.run, [(MOUSE, ALL)], WHOLE, data.train)

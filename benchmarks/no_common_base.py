@@ -1,11 +1,13 @@
-"""What alignment does to the loss, with the models that folds.py trained:
+"""What alignment does to the loss, with the models that folds.py trained, or those of `default_merge.py strangers`:
 
-    python benchmarks/no_common_base.py WORK documentation
+    python benchmarks/no_common_base.py WORK documentation/experiments
+    python benchmarks/no_common_base.py WORK documentation/experiments -part tasks -mouse DATA/Dataset005_MouseBrain
 
 The loss barrier along the line between two folds, before and after alignment (figure), and two tasks that share no base
-(Anterior and Posterior, each from its own random weights): Dice and cross-entropy of every task by itself and of both
-together, and MuDSC's scaled performance (L - L_0) / (L_1 - L_0) (Eq. 9), L_1 the expert's loss, L_0 that of always
-predicting the classes' frequencies. On patches of the test cases: every eighth for the line, every second for tasks.
+(Anterior and Posterior, or two structures of mouse brains, each from its own random weights): Dice and cross-entropy of
+every task by itself and of both together, and MuDSC's scaled performance (L - L_0) / (L_1 - L_0) (Eq. 9), L_1 the
+expert's loss, L_0 that of always predicting the classes' frequencies. On patches of the test cases: every eighth for
+the line, every second for tasks.
 """
 import argparse
 import os
@@ -17,8 +19,10 @@ import pandas as pd
 import torch
 from folds import ALL, DATASET, TASKS, WHOLE
 from matplotlib.figure import Figure
+from merge_settings import Mouse, strangers
 from methods import ALIGNED
 from steps import Steps
+from transplant_settings import TEST as TESTED
 
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.figures.common import STRUCTURE_COLOURS, save_figure
@@ -34,15 +38,15 @@ TRIED = {"average": Recipe(), **ALIGNED}
 BARRIERS = ("not aligned", "rebasin", "activation_align", "mudsc_align")
 
 
-def opened(models: list[TrainedModel], every: int) -> Experts:
+def opened(models: list[TrainedModel], every: int, test: Volumes = TEST) -> Experts:
     """With every so-manyth patch of the test cases, for models merged with equal weights."""
     return Experts(models, [model.tensors() for model in models], join(models, [1 / len(models)] * len(models)),
-                   models[0].trainer, open_patches(TEST, models[0], progress=True)[::every], progress=True)
+                   models[0].trainer, open_patches(test, models[0], progress=True)[::every], progress=True)
 
 
-def opened_merger(models: list[TrainedModel], recipe: Recipe) -> Merger:
+def opened_merger(models: list[TrainedModel], recipe: Recipe, look: Volumes = LOOK) -> Merger:
     if recipe.looking:
-        recipe = replace(recipe, volumes=LOOK)
+        recipe = replace(recipe, volumes=look)
     return Merger([[model] for model in models], recipe, progress=True)
 
 
@@ -97,28 +101,29 @@ def save_barrier_figure(positions: Sequence[float], losses: Mapping[str, Sequenc
     save_figure(figure, path, dpi=130)
 
 
-def tasks(run: Steps) -> None:
-    models = [open_models(run.model(f"Dataset{number}_{name}", WHOLE), [str(ALL)])[0]
-              for number, name in TASKS.items()]
-    test = opened(models, every=2)
+def tasks(models: Mapping[str, TrainedModel], joint: TrainedModel, look: Volumes, volumes: Volumes) -> None:
+    """models: by the structure that each knows; joint: a model of them all, in this order."""
+    trained = list(models.values())
+    test = opened(trained, every=2, test=volumes)
     expert = []
-    for model in models:
-        logits, labels = predicted(opened([model], every=2), model.tensors())
+    for model in trained:
+        logits, labels = predicted(opened([model], every=2, test=volumes), model.tensors())
         expert.append((loss(logits, labels), frequency_loss(labels), dice(logits, labels, 1)))
-    rows = {"experts": {f"{name} Dice": expert[i][2] for i, name in enumerate(TASKS.values())}}
-    joint = open_models(run.model(DATASET, WHOLE), [str(ALL)])[0]
+    rows = {"experts": {f"{name} Dice": expert[i][2] for i, name in enumerate(models)}}
+    fits = ["head"], ["head", "entries"]
     recipes = TRIED | {"the first model, head fitted": Recipe(weights=[1, 0], fit=["head"])} | {
-        f"{name}, head fitted": replace(TRIED[name], fit=["head"]) for name in ("zipit", "mudsc_zip")}
+        f"{name}, {' '.join(fit)} fitted": replace(TRIED[name], fit=fit) for name in ("zipit", "mudsc_zip")
+        for fit in fits}
     tried = {"trained jointly": joint.tensors} | {
-        name: lambda recipe=recipe: opened_merger(models, recipe).tensors() for name, recipe in recipes.items()}
+        name: lambda recipe=recipe: opened_merger(trained, recipe, look).tensors() for name, recipe in recipes.items()}
     for method, tensors in tried.items():
         logits, labels = predicted(test, tensors())
         row = {}
-        for i, name in enumerate(TASKS.values()):
+        for i, name in enumerate(models):
             alone, of_task = logits[[0, i + 1]], (labels == i + 1).long()
             row[f"{name} Dice"] = dice(alone, of_task, 1)
             row[f"{name} L_SP"] = (loss(alone, of_task) - expert[i][1]) / (expert[i][0] - expert[i][1])
-        row["joint Dice"] = sum(dice(logits, labels, i + 1) for i in range(len(TASKS))) / len(TASKS)
+        row["joint Dice"] = sum(dice(logits, labels, i + 1) for i in range(len(models))) / len(models)
         rows[method] = row
         print(method, row, flush=True)
     print(pd.DataFrame(rows).T.round(3).to_string())
@@ -129,13 +134,21 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder that folds.py has filled")
     parser.add_argument("figures", type=Path, help="folder for barrier.png")
     parser.add_argument("-part", choices=("barrier", "tasks"), nargs="+", default=["barrier", "tasks"])
+    parser.add_argument("-mouse", type=Path, help="the mouse brains in nnU-Net raw format: two tasks of theirs")
     args = parser.parse_args()
     run = Steps(args.work)
     os.environ.update(run.environment)
     if "barrier" in args.part:
         barrier(run, args.figures / "barrier.png")
-    if "tasks" in args.part:
-        tasks(run)
+    if "tasks" in args.part and args.mouse is not None:
+        setting = strangers(Mouse(run, args.mouse, 1, "cpu"))
+        tasks({name: open_models(path)[0] for name, path in setting.experts.items()},
+              open_models(setting.others["joint"][0])[0], Volumes([5], 8, f"train:{TESTED}"),
+              Volumes([5], 3, f"val:{TESTED}", n_patches=1000))
+    elif "tasks" in args.part:
+        folder = {name: run.model(f"Dataset{number}_{name}", WHOLE) for number, name in TASKS.items()}
+        tasks({name: open_models(path, [str(ALL)])[0] for name, path in folder.items()},
+              open_models(run.model(DATASET, WHOLE), [str(ALL)])[0], LOOK, TEST)
 
 
 if __name__ == "__main__":
