@@ -44,8 +44,8 @@ class Check:
             return []
         worst = ", ".join(f"{name} ({dice:.2f})" for dice, name in lost[:MOST_NAMED])
         more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
-        return [f"the merged model often disagrees with the experts about {worst}{more}: more volumes, more steps of a "
-                "fit (-fit head entries), or fewer models may help"]
+        return [f"the merged model often disagrees with the experts about {worst}{more}: more volumes "
+                "(-n_cases), a fit with more steps (-fit head entries -steps 400), or fewer models may help"]
 
 
 def table_of(agreement: Mapping[str, Mapping[str, float | None]]) -> str:
