@@ -199,3 +199,26 @@ def test_stock_is_nnunets_own_optimiser(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(optimizer, torch.optim.SGD) and isinstance(scheduler, PolyLRScheduler)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (1e-2, 0.99, True, 3e-5)
+
+
+def test_without_forgetting_sees_no_old_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_extTrainer", str(BENCHMARKS / "trainers"))
+    trainer = recursive_find_trainer_class_by_name("nnUNetTrainerWithoutForgetting_3epochs_5iterations_NoMirroring")
+    # labels: 0 background, 1 old, 2 new, 3 old; the base's rows: background, 1, 3. It says: row 2 everywhere
+    said = torch.tensor([0.0, 0.0, 9.0]).view(1, 3, 1, 1, 1).expand(1, 3, 2, 2, 2)
+    seen = []
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append(target)
+        return output.sum() * 0
+    network = torch.nn.Conv3d(1, 4, 1)
+    self = SimpleNamespace(
+        device=torch.device("cpu"), teacher=lambda data: said, network=network, loss=loss, num_micro_batches=1,
+        of_row=torch.tensor([0, 1, 3]), is_new=torch.tensor([False, False, True, False]))
+    labels = torch.tensor([0, 1, 2, 3, 2, 2, 1, 0]).view(1, 1, 2, 2, 2)
+    value = trainer._backward(self, {"data": torch.randn(1, 1, 2, 2, 2), "target": labels})
+    assert seen[0].flatten().tolist() == [3, 3, 2, 3, 2, 2, 3, 3]
+    assert value > 0
+    network.weight.data.zero_()
+    network.bias.data = torch.tensor([0.0, 0.0, 5.0, 9.0])  # what the base says; of the new row nothing is asked
+    assert float(trainer._backward(self, {"data": torch.randn(1, 1, 2, 2, 2), "target": labels})) < 1e-6
