@@ -145,8 +145,8 @@ class Experiment:
         head = f" -fit head -n_cases {self.scale.search_cases}{self._patches}{look}"
         kinds = {"default": {method: f" -method {method}" for method in METHODS},
                  "fitted": {method: f" -method {method}{head}" for method in METHODS}}
-        if self.scale.default:
-            kinds |= {"published": PUBLISHED, "learned": {"average": look},
+        if self.scale.default is not None:
+            kinds |= {"published": PUBLISHED, "learned": {"average": look + self.scale.default},
                       "nothing": {"average": f" -method task_arithmetic -weights {{zeros}} -fit head{look}"}}
         for kind, merges in kinds.items():
             models = [*family.experts.values()] if kind == "default" else []

@@ -45,8 +45,8 @@ class Scale:
     main base; their merges' weights are searched in so many trials on so many cases. grid: values of both weights in
     the full map. curvature: options of flatness; eigenvalues: of a main base. all_joints: joint models of all pairs.
     main: the regimes that are compared; changed: regimes beside them. tasks: so many of the setting's. n_patches: that
-    merges look at, None for the default. default: whether the default merge, the base with a fitted head, and merges as
-    the paper's code does them are made as well.
+    merges look at, None for the default. default: whether the default merge (with these options), the base with a
+    fitted head, and merges as the paper's code does them are made as well.
     """
     features: int | None
     base_patches: int
@@ -66,7 +66,7 @@ class Scale:
                               "Plastic, 3 times as long")
     tasks: int = 4
     n_patches: int | None = 1000  # all that cover the volumes
-    default: bool = False
+    default: str | None = None
 
     def trainer(self, name: str, epochs: int, steps: int) -> str:
         return f"{name}_{epochs}epochs_{steps // epochs}iterations{self.suffix}"
@@ -81,9 +81,9 @@ SMALL = Scale(features=16, base_patches=6000, base_epochs=10, task_steps=250, ta
 FULL = Scale(features=None, base_patches=100000, base_epochs=100, task_steps=2500, task_epochs=10, suffix="", seeds=3,
              trials=44, search_cases=16, grid=21, curvature="-n_patches 64 -n_probes 10", eigenvalues=10,
              all_joints=True)
-FILE_SCALES = {"toy": replace(TOY, n_patches=None, default=True, main=("Stable",)),
-               "small": replace(SMALL, n_patches=None, default=True, changed=()),
-               "full": replace(FULL, n_patches=None, default=True, changed=())}
+FILE_SCALES = {"toy": replace(TOY, n_patches=None, default=" -steps 2", main=("Stable",)),
+               "small": replace(SMALL, n_patches=None, default="", changed=()),
+               "full": replace(FULL, n_patches=None, default="", changed=())}
 SCALES = {"toy": {"hippocampus": TOY, "brain": TOY},
           "small": {"hippocampus": SMALL,
                     # one seed: fine-tuning the four tasks from both bases once more takes an hour
