@@ -105,6 +105,6 @@ def write_small_plans(preprocessed: Path, name: str = PLANS, features: int = 16,
     (preprocessed / f"{name}.json").write_text(json.dumps(plans, indent=4, sort_keys=False))
 
 
-def write_splits(preprocessed: Path, splits: list[dict[str, list[str]]]) -> None:
+def write_splits(preprocessed: Path, splits: Sequence[Mapping[str, Sequence[str]]]) -> None:
     (preprocessed / "splits_final.json").write_text(json.dumps(
         [{part: [str(case) for case in cases] for part, cases in split.items()} for split in splits], indent=4))

@@ -129,7 +129,7 @@ def curvature_folder(work: Path, regimes: Sequence[str]) -> Path:
 
 
 def together(tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    pairs = list(combinations(tasks, 2))
+    pairs: list[tuple[str, ...]] = list(combinations(tasks, 2))
     return pairs if len(tasks) == 2 else [*pairs, tuple(tasks)]
 
 
