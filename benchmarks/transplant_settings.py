@@ -74,14 +74,14 @@ class Scale:
 
 TOY = Scale(features=4, base_patches=8, base_epochs=1, task_steps=2, task_epochs=2, suffix="_NoMirroring", seeds=1,
             trials=1, search_cases=1, grid=3, curvature="-n_patches 1 -n_probes 2", eigenvalues=1, all_joints=False,
-            changed=(), tasks=2)
+            changed=(), tasks=3)
 SMALL = Scale(features=16, base_patches=6000, base_epochs=10, task_steps=250, task_epochs=10, suffix="_NoMirroring",
               seeds=3, trials=44, search_cases=6, grid=21, curvature="-n_patches 16 -n_probes 6", eigenvalues=10,
               all_joints=False)
 FULL = Scale(features=None, base_patches=100000, base_epochs=100, task_steps=2500, task_epochs=10, suffix="", seeds=3,
              trials=44, search_cases=16, grid=21, curvature="-n_patches 64 -n_probes 10", eigenvalues=10,
              all_joints=True)
-FILE_SCALES = {"toy": replace(TOY, n_patches=None, default=" -steps 2", main=("Stable",)),
+FILE_SCALES = {"toy": replace(TOY, n_patches=None, default=" -steps 2", main=("Stable",), tasks=2),
                "small": replace(SMALL, n_patches=None, default="", changed=()),
                "full": replace(FULL, n_patches=None, default="", changed=())}
 SCALES = {"toy": {"hippocampus": TOY, "brain": TOY},
