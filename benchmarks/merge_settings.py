@@ -16,7 +16,7 @@ from hippocampus import TASKS as HIPPOCAMPUS_TASKS
 from hippocampus import splits as hippocampus_splits
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from steps import PLANS, Steps, case_names, prepare_hippocampus, render, write_small_plans, write_splits
-from transplant_settings import BASE, SEARCH, TEST, folder_name, from_file
+from transplant_settings import BASE, SEARCH, TEST, folder_name, from_file, split_tasks
 
 MOUSE, HIPPOCAMPUS = "Dataset005_MouseBrain", "Dataset004_Hippocampus"
 MOUSE_FILE = Path(__file__).parent / "settings" / "mouse.json"
@@ -71,14 +71,8 @@ class Mouse:
 
     def split_tasks(self, tasks: Mapping[str, Sequence[str]], first_id: int, more: str = "") -> dict[str, str]:
         """The dataset of each task."""
-        datasets = {name: f"Dataset{first_id + i}_{name}" for i, name in enumerate(tasks)}
-        self.run(self.run.raw / [*datasets.values()][-1],
-                 "nnunet_transplant_split_tasks -d 5 -tasks "
-                 + " ".join(f"{name}={'+'.join(structures)}" for name, structures in tasks.items())
-                 + f" -ids {' '.join(str(first_id + i) for i in range(len(tasks)))} -p {PLANS}{more}")
-        for dataset in datasets.values():
-            write_splits(self.run.preprocessed / dataset, self.splits)
-        return datasets
+        labels = {name: "+".join(structures) for name, structures in tasks.items()}
+        return split_tasks(self.run, f"-d 5 -p {PLANS}{more}", labels, first_id, self.splits)
 
     def base(self, dataset: str = MOUSE) -> Path:
         return trained(self.run, [(dataset, BASE)], MOUSE_BASE, self.train)[0]

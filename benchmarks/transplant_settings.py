@@ -220,19 +220,27 @@ def _split_tasks(run: Steps, name: str, base: str, whole: str, structures: Mappi
     if scale.features is not None:
         write_small_plans(run.preprocessed / base, plans, scale.features, patch_size)
 
+    source = f"-d {whole}{'' if whole == base else f' -plans_from {base}'} -p {plans}{' --regions' * regions}"
+
     def split(tasks: Mapping[str, Sequence[str]], first: int) -> dict[str, str]:
         """Of each name the tasks that it is of -> its data set."""
-        datasets = {short: f"Dataset{first + i}_{short}" for i, short in enumerate(tasks)}
-        classes = {short: "+".join(",".join(structures[task]) for task in each) for short, each in tasks.items()}
-        run(run.raw / [*datasets.values()][-1],
-            f"nnunet_transplant_split_tasks -d {whole} {'' if whole == base else f'-plans_from {base} '}-tasks "
-            + " ".join(shlex.quote(f"{short}={labels}") for short, labels in classes.items())
-            + f" -ids {' '.join(str(first + i) for i in range(len(tasks)))} -p {plans}{' --regions' * regions}")
-        for dataset in datasets.values():
-            write_splits(run.preprocessed / dataset, splits)
-        return datasets
+        labels = {short: "+".join(",".join(structures[task]) for task in each) for short, each in tasks.items()}
+        return split_tasks(run, source, labels, first, splits)
 
     datasets = split({task: [task] for task in structures}, first_id)
     merges = together(list(structures)[:scale.tasks])
     joints = split({f"Joint{''.join(each)}": each for each in merges}, first_id + len(structures))
     return Setting(name, run, plans, base, whole, datasets, dict(zip(merges, joints.values(), strict=True)))
+
+
+def split_tasks(run: Steps, source: str, labels: Mapping[str, str], first_id: int, splits: Sequence[Mapping]
+                ) -> dict[str, str]:
+    """The data set of each task. source: options of the command; labels: of each task, as it takes them."""
+    datasets = {name: f"Dataset{first_id + i}_{name}" for i, name in enumerate(labels)}
+    run(run.raw / [*datasets.values()][-1],
+        f"nnunet_transplant_split_tasks {source} -tasks "
+        + " ".join(shlex.quote(f"{name}={structures}") for name, structures in labels.items())
+        + f" -ids {' '.join(str(first_id + i) for i in range(len(labels)))}")
+    for dataset in datasets.values():
+        write_splits(run.preprocessed / dataset, splits)
+    return datasets

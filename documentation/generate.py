@@ -2,7 +2,6 @@
 
     python documentation/generate.py
 """
-import importlib
 import inspect
 import io
 import os
@@ -11,15 +10,13 @@ import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
+from importlib.metadata import distribution
 from pathlib import Path
 from unittest.mock import patch
 
 import nnunet_transplant
 
 HERE = Path(__file__).parent / "reference"
-COMMANDS = ("split_tasks", "merge", "predict", "evaluate", "extract", "interference", "flatness", "sweep", "landscape",
-            "report", "spec", "trainers", "demo")
-
 
 def main() -> None:
     for name, content in pages().items():
@@ -34,13 +31,12 @@ def commands() -> str:
     """The help of every command, 100 columns wide."""
     parts = ["# Commands\n\nFor users of the command line: what every command says with `-h`. Made by `python "
              "documentation/generate.py`.\n"]
-    for name in COMMANDS:
-        main_of = importlib.import_module(f"nnunet_transplant.cli.{name}").main
+    for command in distribution("nnunet_transplant").entry_points:
         said = io.StringIO()
-        with (patch.object(sys, "argv", [f"nnunet_transplant_{name}", "-h"]), patch.dict(os.environ, COLUMNS="100"),
+        with (patch.object(sys, "argv", [command.name, "-h"]), patch.dict(os.environ, COLUMNS="100"),
               redirect_stdout(said), suppress(SystemExit)):
-            main_of()
-        parts.append(f"## nnunet_transplant_{name}\n\n```text\n{said.getvalue().strip()}\n```\n")
+            command.load()()
+        parts.append(f"## {command.name}\n\n```text\n{said.getvalue().strip()}\n```\n")
     return "\n".join(parts)
 
 
