@@ -17,7 +17,7 @@ from nnunet_transplant.architecture import Network, build_network, canonical_nam
 from nnunet_transplant.cache import Cache
 from nnunet_transplant.checkpoint import tensors_sha256
 from nnunet_transplant.device import BatchSize, forward_only
-from nnunet_transplant.heads import JoinedHeads, join_head, merged_dataset_json, scaled_to_one
+from nnunet_transplant.heads import JoinedHeads, head_rows, join_head, merged_dataset_json, scaled_to_one
 from nnunet_transplant.labels import has_regions
 from nnunet_transplant.model_folder import TrainedModel
 from nnunet_transplant.nnunet import nnUNetTrainer
@@ -135,32 +135,39 @@ class Experts:
         return targets_of(patches, self.plans, self.dataset_json if dataset_json is None else dataset_json, self.device)
 
     def see(self, number: int, data: np.ndarray) -> np.ndarray:
-        """Where in a volume (channels, x, y, z) one of the models, each in turn by the volume's number, sees a
-        structure of its own when the volume is shrunk to one patch: a cheap look, in one forward pass. A 2d model looks
-        at some slices. (x, y, z), bool."""
-        model = number % len(self.models)
+        """Where in a volume (channels, x, y, z), shrunk to one patch, a structure is: models and their structures each
+        in turn, by a running number. Where the model sees nothing of it, the voxel where it comes nearest to that. A
+        cheap look, in one forward pass. A 2d model looks at some slices. Bool (x, y, z), of the shrunken volume."""
+        same_labels = self._structures[number % len(self._structures)]
+        model, row = same_labels[number // len(self._structures) % len(same_labels)]
         size = tuple(self.configuration.patch_size)
         images = torch.from_numpy(data)[None]
-        slices = np.unique(np.linspace(0, data.shape[1] - 1, SLICES).round().astype(int))
         flat = len(size) < data.ndim - 1
         if flat:
-            images = images[0, :, slices].transpose(0, 1)
-        shape = images.shape[2:]
-        small = nn.functional.interpolate(images, [min(pair) for pair in zip(shape, size, strict=True)],
+            count = min(SLICES, data.shape[1])
+            images = images[0, :, (np.arange(count) * 2 + 1) * data.shape[1] // (2 * count)].transpose(0, 1)
+        small = nn.functional.interpolate(images, [min(pair) for pair in zip(images.shape[2:], size, strict=True)],
                                           mode="bilinear" if flat else "trilinear")
         room = [most - length for most, length in zip(size, small.shape[2:], strict=True)]
         padded = nn.functional.pad(small, [pad for length in reversed(room) for pad in (0, length)])
+        network = self.once(("looks", model), lambda: self.network(model))
         with forward_only(self.device):
-            logits = self.network(model)(padded.to(self.device))
-        regions = has_regions(self.models[model].dataset_json["labels"])
-        there = (logits > 0).any(1) if regions else logits.argmax(1) > 0
-        inside = there[(slice(None), *(slice(length) for length in small.shape[2:]))]
-        found = nn.functional.interpolate(inside[:, None].float().cpu(), shape, mode="nearest-exact")[:, 0].numpy() > 0
-        if not flat:
-            return found[0]
-        seen = np.zeros(data.shape[1:], bool)
-        seen[slices] = found
-        return seen
+            logits = network(padded.to(self.device)).float().cpu()
+        score = logits[:, row]
+        if not has_regions(self.models[model].dataset_json["labels"]):
+            score = score - torch.cat([logits[:, :row], logits[:, row + 1:]], 1).amax(1)
+        score = score[(slice(None), *(slice(length) for length in small.shape[2:]))]
+        there = score > 0
+        found = (there if there.any() else score == score.max()).numpy()
+        return found if flat else found[0]
+
+    @cached_property
+    def _structures(self) -> list[list[tuple[int, int]]]:
+        """Of models of the same labels, of each model, the rows of its structures: (model, row)."""
+        alike: dict[tuple[tuple[str, int], ...], list[int]] = {}
+        for model, trained in enumerate(self.models):
+            alike.setdefault(tuple(head_rows(trained.plans, trained.dataset_json).items()), []).append(model)
+        return [[(model, row) for model in models for _, row in rows] for rows, models in alike.items()]
 
     def bar(self, items: Iterable[T], what: str) -> Iterable[T]:
         return tqdm(items, desc=what, delay=3, disable=not self.progress)

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ SEED = 0        # of the places of patches
 N_HELD_BACK = 8  # patches of all volumes together that no step looks at, to check the merge on
 READERS = 3     # volumes that are read at the same time, as nnUNetv2_predict does
 
-Look = Callable[[int, np.ndarray], np.ndarray]  # number of a volume, its image -> where there is something to segment
+Look = Callable[[int, np.ndarray], np.ndarray]  # running number, image -> where something is
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
     there is something to segment, as far as they then lie in the volume, the others out of those that cover it. The
     same for the same volumes.
 
-    look: says where there is something to segment; without it, or where it sees nothing, patches lie anywhere.
+    look: a mask of something to segment, which may be coarser than the volume, for each such patch; without it, patches
+        lie anywhere.
     labels: whether to read the label maps, too, where there are any. readers: volumes read at the same time; a CT takes
         1.5 GB while it is resampled. n_held_back: how many more patches, held back, out of those that cover the volumes
         and are not taken.
@@ -95,12 +95,14 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
     patches: list[Patch] = []
     held_back: list[Patch] = []
     size = configuration_of(model).patch_size
+    numbers = itertools.count()
+    see = None if look is None else lambda image: look(next(numbers), image)
     bar = tqdm(preprocess(chosen, model, labels, readers), desc="reading volumes", total=count, delay=3,
                disable=not progress)
     for index, (data, values, cases) in enumerate(bar):
         most = math.ceil((n_patches - len(patches)) / (count - index))
         more = math.ceil((n_held_back - len(held_back)) / (count - index))
-        found = cut(data, values, size, most, partial(look, index) if look is not None else None, index, more)
+        found = cut(data, values, size, most, see, index, more)
         patches += [Patch(torch.from_numpy(image), there, cases) for image, there in found[:most]]
         held_back += [Patch(torch.from_numpy(image), there, cases, True) for image, there in found[most:]]
     return patches + held_back
@@ -119,7 +121,8 @@ def cut(data: np.ndarray, values: np.ndarray | None, size: Sequence[int], most: 
     corners = list(itertools.product(*compute_steps_for_sliding_window(shape, size, 1.0)))
     if len(corners) > most:
         rng = np.random.default_rng([SEED, seed])
-        around = _around(look(data), data.shape[1:], shape, size, most // 2, rng) if look is not None else []
+        around = [] if look is None else [_around(look(data), data.shape[1:], shape, size, rng)
+                                          for _ in range(most // 2)]
         order, others = rng.permutation(len(corners)), most - len(around)
         corners = [*around, *(corners[i] for part in (order[:others], order[others:others + more])
                               for i in sorted(part))]
@@ -132,16 +135,14 @@ def cut(data: np.ndarray, values: np.ndarray | None, size: Sequence[int], most: 
     return found
 
 
-def _around(there: np.ndarray, inner: Sequence[int], shape: Sequence[int], size: Sequence[int], count: int,
-            rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """Corners of so many patches around random voxels of a mask of the volume before it was padded."""
+def _around(there: np.ndarray, inner: Sequence[int], shape: Sequence[int], size: Sequence[int],
+            rng: np.random.Generator) -> tuple[int, ...]:
+    """The corner of a patch around a random voxel of a mask, which may be coarser than the volume. inner, shape: of the
+    volume before and after it was padded."""
     voxels = np.argwhere(there)
-    if not len(voxels):
-        return []
-    before = [(outer - length) // 2 for outer, length in zip(shape, inner, strict=True)]
-    middles = voxels[rng.integers(len(voxels), size=count)] + np.array(before)
-    corners = np.clip(middles - np.array(size) // 2, 0, np.array(shape) - np.array(size))
-    return [tuple(corner) for corner in corners.tolist()]
+    middle = (2 * voxels[rng.integers(len(voxels))] + 1) * np.array(inner) // (2 * np.array(there.shape))
+    before = (np.array(shape) - np.array(inner)) // 2
+    return tuple(np.clip(middle + before - np.array(size) // 2, 0, np.array(shape) - np.array(size)).tolist())
 
 
 def preprocessed(volumes: Volumes, model: TrainedModel) -> Iterator[tuple[np.ndarray, np.ndarray | None, Cases]]:

@@ -98,21 +98,35 @@ def test_a_volume_gives_so_many_patches_half_of_them_around_what_is_seen(most: i
         assert equal == (again == 0)
 
 
-def test_where_nothing_is_seen_patches_are_those_that_cover_the_volume() -> None:
+def test_without_a_look_patches_are_those_that_cover_the_volume() -> None:
     data = numbered((20, 24, 16))
     cover = {float(image.reshape(-1)[0]) for image, _ in cut(data, None, (8, 8, 8), 1000, None, 0)}
     assert len(cover) == 3 * 3 * 2
-    for look in (None, lambda image: np.zeros(image.shape[1:], bool)):
-        some = [float(image.reshape(-1)[0]) for image, _ in cut(data, None, (8, 8, 8), 5, look, 0)]
-        assert len(set(some)) == 5 and set(some) <= cover
+    some = [float(image.reshape(-1)[0]) for image, _ in cut(data, None, (8, 8, 8), 5, None, 0)]
+    assert len(set(some)) == 5 and set(some) <= cover
 
 
-def test_what_is_seen_counts_from_the_volume_without_its_padding() -> None:
+@pytest.mark.parametrize("ratio", [(1, 1, 1), (2, 4, 1), (4, 8, 4)])
+def test_what_is_seen_counts_from_the_volume_without_its_padding(ratio: tuple[int, ...]) -> None:
+    """A mask may be coarser than the volume: the middle of its voxel is in the patch."""
     data = numbered((4, 40, 40)) + 1
-    there = np.zeros(data.shape[1:], bool)
-    there[2, 30, 7] = True
-    for image, _ in cut(data, None, (8, 8, 8), 2, lambda image: there, 0)[:1]:
-        assert float(data[0, 2, 30, 7]) in image
+    seen = np.array([2, 30, 7])
+    there = np.zeros([length // factor for length, factor in zip(data.shape[1:], ratio, strict=True)], bool)
+    there[tuple(seen // ratio)] = True
+    middle = seen // ratio * ratio + np.array(ratio) // 2
+    image, _ = cut(data, None, (8, 8, 8), 2, lambda image: there, 0)[0]
+    assert float(data[0][tuple(middle)]) in image
+
+
+def test_every_patch_around_something_has_a_look_of_its_own(tmp_path: Path, raw: Path) -> None:
+    model = write_model(tmp_path / "m", {"background": 0, "Liver": 1}, plans=small_plans(patch=8))
+    numbers = []
+
+    def look(number: int, image: np.ndarray) -> np.ndarray:
+        numbers.append(number)
+        return np.ones(image.shape[1:], bool)
+    open_patches(Volumes([501], 3, None, 11), open_model(model), look)
+    assert numbers == list(range(2 + 2 + 1))  # half of 4, 4 and 3
 
 
 @pytest.mark.parametrize(("budget", "each"), [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [2, 1, 1]), (11, [4, 4, 3]),

@@ -8,7 +8,7 @@ from torch import nn
 
 from nnunet_transplant.architecture import canonical_names
 from nnunet_transplant.device import BatchSize, with_gradients
-from nnunet_transplant.ensemble import Teacher, divergence, teacher_of, teacher_passes
+from nnunet_transplant.ensemble import Teacher, dice_loss, divergence, teacher_of, teacher_passes
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.volumes import Patch
@@ -22,8 +22,9 @@ def passes_of_steps(experts: Experts, settings: Mapping[str, Any]) -> float:
 
 def descend(experts: Experts, network: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None],
             steps: int, seed: int, what: str) -> None:
-    """So many steps of a network, in place: down the mean over voxels of the Kullback-Leibler divergence from the
-    ensemble's probabilities, a batch of the plans' size at a time. No labels, no augmentation.
+    """So many steps of a network, in place, towards the ensemble's probabilities, a batch of the plans' size at a time.
+    No labels, no augmentation. The loss is the Kullback-Leibler divergence, a mean over voxels, which alone loses small
+    structures, and the Dice loss, a mean over structures.
 
     step: moves the network by the gradients of its parameters. The learning rates of the optimizer fall to 0 as a
     cosine.
@@ -39,15 +40,15 @@ def descend(experts: Experts, network: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def gradients(experts: Experts, network: nn.Module, teacher: Teacher, patches: Sequence[Patch], size: int) -> None:
-    """Those of the divergence from the teacher, the mean over the patches, of which so many pass the network at a
-    time."""
+    """Those of the loss, the mean over the patches, of which so many pass the network at a time."""
     network.zero_grad()
     for start in range(0, len(patches), size):
         some = patches[start:start + size]
         target = teacher(some).float()
         with with_gradients(experts.device):
-            logits = network(experts.images(some))
-        (divergence(logits.float(), target, experts.regions) * (len(some) / len(patches))).backward()
+            logits = network(experts.images(some)).float()
+        loss = divergence(logits, target, experts.regions) + dice_loss(logits, target, experts.regions)
+        (loss * (len(some) / len(patches))).backward()
 
 
 def state_of(network: nn.Module, like: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
