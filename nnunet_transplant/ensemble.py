@@ -138,9 +138,9 @@ def divergence(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> tor
 def dice_loss(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torch.Tensor:
     """The sum of two forms of 1 - Dice that are 0 only where two probabilities are the same: sum (p - q)^2 / sum (p^2 +
     q^2) (V-Net, Milletari et al., 3DV 2016), which finds a structure that the merge has lost, and sum |p - q| / sum (p
-    + q) (Dice semimetric loss, Wang et al., MICCAI 2023), which is nearer to the Dice of labels. Of each the mean over
-    the structures that the target shows in a patch, then over the patches: a small structure, which hardly counts in a
-    mean over voxels, counts as much as a large one.
+    + q) (Dice semimetric loss, Wang et al., MICCAI 2023), which is nearer to the Dice of labels. The sum over the
+    structures that the target shows in a patch: a small one, which hardly counts in a mean over voxels, counts as much
+    as a large one, whatever is beside it. The mean over patches.
 
     Both are logits (batch, rows, *size).
     """
@@ -153,4 +153,4 @@ def dice_loss(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torc
     said, true = said.flatten(2), true.flatten(2)
     loss = (said - true).square().sum(2) / (said.square().sum(2) + true.square().sum(2)).clamp(min=1e-8)
     loss = loss + (said - true).abs().sum(2) / (said.sum(2) + true.sum(2)).clamp(min=1e-8)
-    return ((loss * shown).sum(1) / shown.sum(1).clamp(min=1)).mean()
+    return (loss * shown).sum(1).mean()

@@ -24,7 +24,7 @@ def descend(experts: Experts, network: nn.Module, optimizer: torch.optim.Optimiz
             steps: int, seed: int, what: str) -> None:
     """So many steps of a network, in place, towards the ensemble's probabilities, a batch of the plans' size at a time.
     No labels, no augmentation. The loss is the Kullback-Leibler divergence, a mean over voxels, which alone loses small
-    structures, and the Dice loss, a mean over structures.
+    structures, and the Dice loss, a sum over structures.
 
     step: moves the network by the gradients of its parameters. The learning rates of the optimizer fall to 0 as a
     cosine.
