@@ -135,12 +135,12 @@ def divergence(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> tor
                                 log_target=True).sum(1).mean()
 
 
-def dice_loss(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torch.Tensor:
-    """The sum of two forms of 1 - Dice that are 0 only where two probabilities are the same: sum (p - q)^2 / sum (p^2 +
-    q^2) (V-Net, Milletari et al., 3DV 2016), which finds a structure that the merge has lost, and sum |p - q| / sum (p
-    + q) (Dice semimetric loss, Wang et al., MICCAI 2023), which is nearer to the Dice of labels. The sum over the
-    structures that the target shows in a patch: a small one, which hardly counts in a mean over voxels, counts as much
-    as a large one, whatever is beside it. The mean over patches.
+def dice_loss(logits: torch.Tensor, target: torch.Tensor, regions: bool, power: int) -> torch.Tensor:
+    """1 - Dice of probabilities, in a form that is 0 only where both are the same. With power 2 sum (p - q)^2 / sum
+    (p^2 + q^2) (V-Net, Milletari et al., 3DV 2016), which is smooth, and finds a structure that the merge has lost.
+    With power 1 sum |p - q| / sum (p + q) (Dice semimetric loss, Wang et al., MICCAI 2023), which is nearer to the Dice
+    of labels. The sum over the structures that the target shows in a patch: a small one, which hardly counts in a mean
+    over voxels, counts as much as a large one, whatever is beside it. The mean over patches.
 
     Both are logits (batch, rows, *size).
     """
@@ -150,7 +150,5 @@ def dice_loss(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torc
         said, true = logits.softmax(1)[:, 1:], target.softmax(1)[:, 1:]
         rows = target.argmax(1).flatten(1)
         shown = torch.zeros(target.shape[:2], dtype=torch.bool, device=target.device).scatter_(1, rows, True)[:, 1:]
-    said, true = said.flatten(2), true.flatten(2)
-    loss = (said - true).square().sum(2) / (said.square().sum(2) + true.square().sum(2)).clamp(min=1e-8)
-    loss = loss + (said - true).abs().sum(2) / (said.sum(2) + true.sum(2)).clamp(min=1e-8)
-    return (loss * shown).sum(1).mean()
+    apart, mine, theirs = ((each ** power).flatten(2).sum(2) for each in ((said - true).abs(), said, true))
+    return (apart / (mine + theirs).clamp(min=1e-8) * shown).sum(1).mean()

@@ -184,34 +184,36 @@ def test_divergence_is_the_mean_kullback_leibler_divergence() -> None:
         assert abs(float(divergence(teacher, teacher, regions))) < 1e-6
 
 
-def plain_dice_loss(student: torch.Tensor, teacher: torch.Tensor, regions: bool) -> float:
-    """Patch by patch, structure by structure: 1 - 2 sum(p q) / (sum(p^2) + sum(q^2)), and the same with
-    sum(min(p, q)) and sum(p) + sum(q)."""
+def plain_dice_loss(student: torch.Tensor, teacher: torch.Tensor, regions: bool, power: int) -> float:
+    """Patch by patch, structure by structure: 1 - 2 sum(p q) / (sum(p^2) + sum(q^2)), or 1 - 2 sum(min(p, q)) / (sum(p)
+    + sum(q))."""
     losses = []
     for mine, theirs in zip(student, teacher, strict=True):
-        of_patch = []
+        losses.append(0.0)
         for row in range(0 if regions else 1, len(mine)):
             p, q = (logits.sigmoid()[row] if regions else logits.softmax(0)[row] for logits in (mine, theirs))
             seen = theirs[row] > 0 if regions else theirs.argmax(0) == row
             if seen.any():
-                squared = 1 - 2 * (p * q).sum() / ((p * p).sum() + (q * q).sum())
-                of_patch.append(float(squared + 1 - 2 * torch.minimum(p, q).sum() / (p.sum() + q.sum())))
-        losses.append(sum(of_patch))
+                both = torch.minimum(p, q) if power == 1 else p * q
+                losses[-1] += float(1 - 2 * both.sum() / (p ** power + q ** power).sum())
     return float(np.mean(losses))
 
 
+@pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("regions", [False, True])
-def test_dice_loss_is_its_definition(regions: bool) -> None:
+def test_dice_loss_is_its_definition(regions: bool, power: int) -> None:
     """Also where a patch shows some structures only, and none."""
     generator = torch.Generator().manual_seed(5)
     student, teacher = (3 * torch.randn(3, 4, 5, 6, generator=generator) for _ in range(2))
     teacher[1, 2] = -20
     teacher[2, 0 if not regions else slice(None)] = -20 if regions else 20
-    assert float(dice_loss(student, teacher, regions)) == pytest.approx(plain_dice_loss(student, teacher, regions))
-    assert float(dice_loss(teacher, teacher, regions)) == 0
+    expected = plain_dice_loss(student, teacher, regions, power)
+    assert float(dice_loss(student, teacher, regions, power)) == pytest.approx(expected)
+    assert float(dice_loss(teacher, teacher, regions, power)) == 0
 
 
-def test_the_size_of_a_structure_counts_nothing_in_the_dice_loss() -> None:
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_size_of_a_structure_counts_nothing_in_the_dice_loss(power: int) -> None:
     """A structure of one voxel and one of 36, each lost alone: the same loss. The divergence is as many times larger as
     the structure is."""
     teacher = torch.full((1, 3, 8, 8), 0.0)
@@ -220,6 +222,6 @@ def test_the_size_of_a_structure_counts_nothing_in_the_dice_loss() -> None:
     lost = [teacher.clone() for _ in range(2)]
     for row, each in enumerate(lost, start=1):
         each[0, row] = 0
-    small, large = (float(dice_loss(each, teacher, False)) for each in lost)
-    assert small == pytest.approx(2, abs=1e-4) and large == pytest.approx(2, abs=1e-4)  # of both forms the most
+    small, large = (float(dice_loss(each, teacher, False, power)) for each in lost)
+    assert small == pytest.approx(1, abs=1e-4) and large == pytest.approx(1, abs=1e-4)
     assert float(divergence(lost[1], teacher, False)) > 30 * float(divergence(lost[0], teacher, False))

@@ -22,9 +22,8 @@ def passes_of_steps(experts: Experts, settings: Mapping[str, Any]) -> float:
 
 def descend(experts: Experts, network: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None],
             steps: int, seed: int, what: str) -> None:
-    """So many steps of a network, in place, towards the ensemble's probabilities, a batch of the plans' size at a time.
-    No labels, no augmentation. The loss is the Kullback-Leibler divergence, a mean over voxels, which alone loses small
-    structures, and the Dice loss, a sum over structures.
+    """So many steps of a network, in place, towards the ensemble (`distance`), a batch of the plans' size at a time.
+    No labels, no augmentation.
 
     step: moves the network by the gradients of its parameters. The learning rates of the optimizer fall to 0 as a
     cosine.
@@ -40,15 +39,21 @@ def descend(experts: Experts, network: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def gradients(experts: Experts, network: nn.Module, teacher: Teacher, patches: Sequence[Patch], size: int) -> None:
-    """Those of the loss, the mean over the patches, of which so many pass the network at a time."""
+    """Those of the distance from the teacher, the mean over the patches, of which so many pass the network at a time.
+    """
     network.zero_grad()
     for start in range(0, len(patches), size):
         some = patches[start:start + size]
         target = teacher(some).float()
         with with_gradients(experts.device):
-            logits = network(experts.images(some)).float()
-        loss = divergence(logits, target, experts.regions) + dice_loss(logits, target, experts.regions)
-        (loss * (len(some) / len(patches))).backward()
+            logits = network(experts.images(some))
+        (distance(logits.float(), target, experts.regions) * (len(some) / len(patches))).backward()
+
+
+def distance(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torch.Tensor:
+    """From the teacher, both logits (batch, rows, *size): the Kullback-Leibler divergence, a mean over voxels, which
+    alone loses small structures, and both forms of the Dice loss."""
+    return divergence(logits, target, regions) + sum(dice_loss(logits, target, regions, power) for power in (1, 2))
 
 
 def state_of(network: nn.Module, like: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunet_transplant.device import forward_only
-from nnunet_transplant.ensemble import divergence, ensemble_logits
+from nnunet_transplant.ensemble import dice_loss, divergence, ensemble_logits
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.fitting.registry import fit
@@ -34,8 +34,8 @@ def lessons_of(experts: Experts, seed: int, positions: int) -> list[Lesson]:
 
 
 def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) -> Convolution:
-    """Fit the head of full resolution of a merged network, in place, to what the ensemble says: the logistic regression
-    of its probabilities on what the head reads, a convex problem without step sizes (L-BFGS). No labels.
+    """Fit the head of full resolution of a merged network, in place, to what the ensemble says, from what the head
+    reads: down the divergence and the Dice loss of all voxels, without step sizes (L-BFGS). No labels.
 
     Returns the head. Raises TransplantError for a network whose output no single layer makes.
     """
@@ -60,7 +60,8 @@ def teach_head(experts: Experts, network: nn.Module, lessons: Sequence[Lesson]) 
     def closure() -> torch.Tensor:
         bar.update()
         optimizer.zero_grad()
-        loss = divergence((weight @ inputs)[None], target, experts.regions)
+        said = (weight @ inputs)[None]
+        loss = divergence(said, target, experts.regions) + dice_loss(said, target, experts.regions, power=2)
         loss.backward()
         return loss
     with bar:

@@ -8,9 +8,9 @@ from teaching import PLANS, REGIONS, loss_of, mean_of, opened, write_same, write
 from torch.func import functional_call
 
 from nnunet_transplant.architecture import canonical_names
-from nnunet_transplant.ensemble import Teacher, dice_loss, divergence
+from nnunet_transplant.ensemble import Teacher
 from nnunet_transplant.experts import Experts
-from nnunet_transplant.fitting.descent import batches
+from nnunet_transplant.fitting.descent import batches, distance
 from nnunet_transplant.fitting.entries import HEAD_LR, entries
 from nnunet_transplant.merger import Merger
 from nnunet_transplant.model_folder import open_models
@@ -51,8 +51,7 @@ def plain_entries(merged: dict[str, torch.Tensor], experts: Experts, vectors: Ta
         logits = functional_call(network, {name: tensors[canonical[name]] for name in network.state_dict()},
                                  (experts.images(patches),))
         optimizer.zero_grad()
-        target = teacher(patches).float()
-        (divergence(logits, target, experts.regions) + dice_loss(logits, target, experts.regions)).backward()
+        distance(logits, teacher(patches).float(), experts.regions).backward()
         optimizer.step()
         schedule.step()
     return {name: tensor.detach() for name, tensor in now().items()}

@@ -8,9 +8,9 @@ from factory import write_model
 from permuted import LABELS, canonical, network_of, noisy, tensors_of, write
 from teaching import PLANS, REGIONS, loss_of, mean_of, opened, write_same, write_tasks
 
-from nnunet_transplant.ensemble import Teacher, dice_loss, divergence
+from nnunet_transplant.ensemble import Teacher
 from nnunet_transplant.errors import TransplantError, TransplantNote
-from nnunet_transplant.fitting.descent import gradients
+from nnunet_transplant.fitting.descent import distance, gradients
 from nnunet_transplant.fitting.polish import polish
 from nnunet_transplant.volumes import Patch
 
@@ -75,8 +75,7 @@ def test_a_batch_has_the_same_gradient_however_it_passes(same: list[Path], size:
     network = experts.merged_network(mean_of(experts)).requires_grad_(True)
     teacher = Teacher(experts, 0)
     images = torch.stack([patch.image for patch in experts.patches])
-    logits, target = network(images), teacher(experts.patches).float()
-    (divergence(logits, target, False) + dice_loss(logits, target, False)).backward()
+    distance(network(images), teacher(experts.patches).float(), False).backward()
     expected = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
     gradients(experts, network, teacher, experts.patches, size)
     found = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
