@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from nnunet_transplant.figures.common import STRUCTURE_COLOURS, save_figure
 
-VOLUMES, STEPS = 8, 200  # of the default
+VOLUMES, STEPS = 8, 300  # of the default
 ROWS = {"default": "the default", "base, head fitted": "base, head fitted", "joint": "one model, trained on all",
         "average, head fitted": "average, head fitted"}
 

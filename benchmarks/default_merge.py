@@ -94,14 +94,14 @@ def rivals(setting: Setting, work: Path) -> dict[str, Options]:
         f"default, {len(setting.choices)} volumes of nobody": nobody, "default, 2 volumes": {**look, "n_cases": 2},
         "default, no images": {}, "average": {"method": "average"}, "average, head fitted": {"fit": "head", **look}}
     first, options = next(iter(starts(setting).items()))
-    rows[f"{first}, head polish"] = {"fit": ["head", "polish"], "steps": 200, **options, **look}
+    rows[f"{first}, head polish"] = {"fit": ["head", "polish"], "steps": 300, **options, **look}
     if setting.known:
         rows["fisher, head fitted"] = {"method": "fisher", "fit": "head", **look}
-        rows["average, head polish"] = {"fit": ["head", "polish"], "steps": 200, **look}
+        rows["average, head polish"] = {"fit": ["head", "polish"], "steps": 300, **look}
     else:
         zipped: Options = {"align": "mudsc", "units": "zip", **look}
         rows["zip, head fitted"] = {"fit": "head", **zipped}
-        rows["zip, head polish"] = {"fit": ["head", "polish"], "steps": 200, **zipped}
+        rows["zip, head polish"] = {"fit": ["head", "polish"], "steps": 300, **zipped}
     return rows
 
 
@@ -116,7 +116,7 @@ def starts(setting: Setting) -> dict[str, Options]:
 def curves(setting: Setting, work: Path) -> dict[str, Options]:
     look = images(setting, setting.look, work)
     return {**{f"default, {count} volumes": {**look, "n_cases": count} for count in (1, 4)},
-            **{f"default, {steps} steps": {**look, "steps": steps} for steps in (25, 50, 100, 400)}}
+            **{f"default, {steps} steps": {**look, "steps": steps} for steps in (25, 50, 100, 200)}}
 
 
 def choices(setting: Setting, work: Path) -> dict[str, Options]:
@@ -124,7 +124,7 @@ def choices(setting: Setting, work: Path) -> dict[str, Options]:
     look = images(setting, setting.look, work)
     return {
         **{f"{steps} steps, {patches} patches": {**look, "steps": steps, "n_patches": patches}
-           for steps, patches in ((100, 32), (100, 64), (100, 128), (100, 1000), (200, 64), (200, 1000))},
+           for steps, patches in ((100, 32), (100, 64), (100, 128), (100, 1000), (300, 64), (300, 1000))},
         **{f"rate {rate}": {**look, "steps": 100, "lr": rate} for rate in (0.015, 0.06)},
         "from fisher, 100 steps": {"method": "fisher", "fit": FIT, "steps": 100, **look},
         **{f"from the {name}": {"fit": FIT, **options, **look} for name, options in starts(setting).items()},

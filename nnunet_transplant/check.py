@@ -45,7 +45,7 @@ class Check:
         worst = ", ".join(f"{name} ({dice:.2f})" for dice, name in lost[:MOST_NAMED])
         more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
         return [f"the merged model often disagrees with the experts about {worst}{more}: more volumes "
-                "(-n_cases), a fit with more steps (-fit head entries -steps 400), or fewer models may help"]
+                "(-n_cases), a fit with more steps (-fit head entries -steps 600), or fewer models may help"]
 
 
 def table_of(agreement: Mapping[str, Mapping[str, float | None]]) -> str:

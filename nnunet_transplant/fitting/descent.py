@@ -13,6 +13,8 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.volumes import Patch
 
+DICE_WEIGHT = 0.3
+
 
 def passes_of_steps(experts: Experts, settings: Mapping[str, Any]) -> float:
     """Of the teacher, and of the network forward and backward."""
@@ -52,8 +54,9 @@ def gradients(experts: Experts, network: nn.Module, teacher: Teacher, patches: S
 
 def distance(logits: torch.Tensor, target: torch.Tensor, regions: bool) -> torch.Tensor:
     """From the teacher, both logits (batch, rows, *size): the Kullback-Leibler divergence, a mean over voxels, which
-    alone loses small structures, and both forms of the Dice loss."""
-    return divergence(logits, target, regions) + sum(dice_loss(logits, target, regions, power) for power in (1, 2))
+    alone loses small structures, and a share of both forms of the Dice loss."""
+    dice = dice_loss(logits, target, regions, 1) + dice_loss(logits, target, regions, 2)
+    return divergence(logits, target, regions) + DICE_WEIGHT * dice
 
 
 def state_of(network: nn.Module, like: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

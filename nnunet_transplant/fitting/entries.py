@@ -26,7 +26,7 @@ HEAD_LR = 1e-3  # of the heads, which have no common base: AdamW's own, as the t
      reference="this package; after Editing Models with Task Arithmetic, Ilharco et al., ICLR 2023",
      url="https://arxiv.org/abs/2212.04089", passes=passes_of_steps, n_patches=MANY_PATCHES)
 def entries(merged: dict[str, torch.Tensor], experts: Experts, vectors: TaskVectors,
-            steps: Annotated[int, "steps of Adam", Range(1, 10 ** 6)] = 200,
+            steps: Annotated[int, "steps of Adam", Range(1, 10 ** 6)] = 300,
             lr: Annotated[float, "learning rate of the coefficients at the start; it falls to 0 as a cosine",
                           Range(1e-12, 10.0)] = 3e-2,
             seed: Seed = 0) -> dict[str, torch.Tensor]:
