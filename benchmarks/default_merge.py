@@ -87,7 +87,7 @@ def made(args: argparse.Namespace) -> Setting:
 # What is merged: of each table row, what its merge is told
 
 def rivals(setting: Setting, work: Path) -> dict[str, Options]:
-    look, nobody = (images(setting, cases, work) for cases in (setting.look, setting.choices))
+    look, nobody = images(setting, "look", work), images(setting, "choices", work)
     rows: dict[str, Options] = {
         "default": look, **{f"{name}, head fitted": {"fit": "head", **options, **look}
                             for name, options in starts(setting).items()},
@@ -114,14 +114,14 @@ def starts(setting: Setting) -> dict[str, Options]:
 
 
 def curves(setting: Setting, work: Path) -> dict[str, Options]:
-    look = images(setting, setting.look, work)
+    look = images(setting, "look", work)
     return {**{f"default, {count} volumes": {**look, "n_cases": count} for count in (1, 4)},
             **{f"default, {steps} steps": {**look, "steps": steps} for steps in (25, 50, 100, 200)}}
 
 
 def choices(setting: Setting, work: Path) -> dict[str, Options]:
     """Settings of which the defaults are one, with the tasks' own images."""
-    look = images(setting, setting.look, work)
+    look = images(setting, "look", work)
     return {
         **{f"{steps} steps, {patches} patches": {**look, "steps": steps, "n_patches": patches}
            for steps, patches in ((100, 32), (100, 64), (100, 128), (100, 1000), (300, 64), (300, 1000))},
@@ -132,9 +132,10 @@ def choices(setting: Setting, work: Path) -> dict[str, Options]:
         **{f"{name}, head fitted": {"method": name, "fit": "head", **look} for name in ("iso_c", "ties", "tsv_m")}}
 
 
-def images(setting: Setting, cases: Sequence[str], work: Path) -> Options:
-    path = work / f"look_{len(cases)}.txt"
-    path.write_text("\n".join(cases) + "\n")
+def images(setting: Setting, part: str, work: Path) -> Options:
+    """Those of a part of the setting's cases."""
+    path = work / f"images_{part}.txt"
+    path.write_text("\n".join(getattr(setting, part)) + "\n")
     return {"images": str(setting.dataset), "cases": str(path)}
 
 
