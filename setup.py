@@ -49,7 +49,7 @@ setup(
         "cmaes>=0.11",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6", "mypy>=1.11", "setuptools>=77"],
+        "test": ["pytest>=8", "pytest-xdist>=3.7", "ruff>=0.6", "mypy>=1.11", "setuptools>=77"],
         "benchmark": ["mergekit>=0.1.5", "fusion_bench>=0.2.33"],  # what benchmarks/merge_speed.py compares with
     },
     entry_points={
