@@ -78,8 +78,8 @@ def open_patches(volumes: Volumes, model: TrainedModel, look: Look | None = None
     there is something to segment, as far as they then lie in the volume, the others out of those that cover it. The
     same for the same volumes.
 
-    look: a mask of something to segment, which may be coarser than the volume, for each such patch; without it, patches
-        lie anywhere.
+    look: a mask of something to segment, which may be coarser than the volume, for each such patch; without it, or
+        where it is empty, patches lie anywhere.
     labels: whether to read the label maps, too, where there are any. readers: volumes read at the same time; a CT takes
         1.5 GB while it is resampled. n_held_back: how many more patches, held back, out of those that cover the volumes
         and are not taken.
@@ -121,8 +121,8 @@ def cut(data: np.ndarray, values: np.ndarray | None, size: Sequence[int], most: 
     corners = list(itertools.product(*compute_steps_for_sliding_window(shape, size, 1.0)))
     if len(corners) > most:
         rng = np.random.default_rng([SEED, seed])
-        around = [] if look is None else [_around(look(data), data.shape[1:], shape, size, rng)
-                                          for _ in range(most // 2)]
+        masks = [] if look is None else [look(data) for _ in range(most // 2)]
+        around = [_around(mask, data.shape[1:], shape, size, rng) for mask in masks if mask.any()]
         order, others = rng.permutation(len(corners)), most - len(around)
         corners = [*around, *(corners[i] for part in (order[:others], order[others:others + more])
                               for i in sorted(part))]

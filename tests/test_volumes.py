@@ -98,12 +98,13 @@ def test_a_volume_gives_so_many_patches_half_of_them_around_what_is_seen(most: i
         assert equal == (again == 0)
 
 
-def test_without_a_look_patches_are_those_that_cover_the_volume() -> None:
+def test_where_nothing_is_seen_patches_are_those_that_cover_the_volume() -> None:
     data = numbered((20, 24, 16))
     cover = {float(image.reshape(-1)[0]) for image, _ in cut(data, None, (8, 8, 8), 1000, None, 0)}
     assert len(cover) == 3 * 3 * 2
-    some = [float(image.reshape(-1)[0]) for image, _ in cut(data, None, (8, 8, 8), 5, None, 0)]
-    assert len(set(some)) == 5 and set(some) <= cover
+    for look in (None, lambda image: np.zeros(image.shape[1:], bool)):
+        some = [float(image.reshape(-1)[0]) for image, _ in cut(data, None, (8, 8, 8), 5, look, 0)]
+        assert len(set(some)) == 5 and set(some) <= cover
 
 
 @pytest.mark.parametrize("ratio", [(1, 1, 1), (2, 4, 1), (4, 8, 4)])

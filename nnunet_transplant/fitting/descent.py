@@ -13,7 +13,7 @@ from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts
 from nnunet_transplant.volumes import Patch
 
-DICE_WEIGHT = 0.3
+DICE_WEIGHT = 0.3  # chosen in documentation/experiments/default_merge.md
 
 
 def passes_of_steps(experts: Experts, settings: Mapping[str, Any]) -> float:
