@@ -57,3 +57,18 @@ def loss_of(experts: Experts, tensors: dict[str, torch.Tensor], regions: bool) -
 def distribution(logits: torch.Tensor, regions: bool) -> Bernoulli | Categorical:
     """Of every voxel, logits (batch, rows, ...)."""
     return Bernoulli(logits=logits) if regions else Categorical(logits=logits.movedim(1, -1))
+
+
+def plain_dice_loss(student: torch.Tensor, teacher: torch.Tensor, regions: bool, power: int) -> float:
+    """Patch by patch, structure by structure: 1 - 2 sum(p q) / (sum(p^2) + sum(q^2)), or 1 - 2 sum(min(p, q)) / (sum(p)
+    + sum(q))."""
+    losses = []
+    for mine, theirs in zip(student, teacher, strict=True):
+        losses.append(0.0)
+        for row in range(0 if regions else 1, len(mine)):
+            p, q = (logits.sigmoid()[row] if regions else logits.softmax(0)[row] for logits in (mine, theirs))
+            seen = theirs[row] > 0 if regions else theirs.argmax(0) == row
+            if seen.any():
+                both = torch.minimum(p, q) if power == 1 else p * q
+                losses[-1] += float(1 - 2 * both.sum() / (p ** power + q ** power).sum())
+    return float(np.mean(losses))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from factory import write_model
 from permuted import LABELS, logits
-from teaching import PLANS, REGIONS, distribution, opened, write_same, write_tasks
+from teaching import PLANS, REGIONS, distribution, opened, plain_dice_loss, write_same, write_tasks
 from torch.distributions import kl_divergence
 
 from nnunet_transplant.ensemble import (
@@ -182,21 +182,6 @@ def test_divergence_is_the_mean_kullback_leibler_divergence() -> None:
         expected = kl_divergence(*(distribution(each, regions) for each in (teacher, student))).mean()
         torch.testing.assert_close(divergence(student, teacher, regions), expected)
         assert abs(float(divergence(teacher, teacher, regions))) < 1e-6
-
-
-def plain_dice_loss(student: torch.Tensor, teacher: torch.Tensor, regions: bool, power: int) -> float:
-    """Patch by patch, structure by structure: 1 - 2 sum(p q) / (sum(p^2) + sum(q^2)), or 1 - 2 sum(min(p, q)) / (sum(p)
-    + sum(q))."""
-    losses = []
-    for mine, theirs in zip(student, teacher, strict=True):
-        losses.append(0.0)
-        for row in range(0 if regions else 1, len(mine)):
-            p, q = (logits.sigmoid()[row] if regions else logits.softmax(0)[row] for logits in (mine, theirs))
-            seen = theirs[row] > 0 if regions else theirs.argmax(0) == row
-            if seen.any():
-                both = torch.minimum(p, q) if power == 1 else p * q
-                losses[-1] += float(1 - 2 * both.sum() / (p ** power + q ** power).sum())
-    return float(np.mean(losses))
 
 
 @pytest.mark.parametrize("power", [1, 2])

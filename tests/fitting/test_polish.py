@@ -10,7 +10,6 @@ from teaching import PLANS, REGIONS, loss_of, mean_of, opened, write_same, write
 
 from nnunet_transplant.ensemble import Teacher
 from nnunet_transplant.errors import TransplantError, TransplantNote
-from nnunet_transplant.fitting.descent import distance, gradients
 from nnunet_transplant.fitting.polish import polish
 from nnunet_transplant.volumes import Patch
 
@@ -67,19 +66,6 @@ def test_polishing_keeps_types(tmp_path: Path) -> None:
     experts = opened(folders)
     polished = polish(mean_of(experts), experts, 3, 1e-3)
     assert all(tensor.dtype == torch.float16 for tensor in polished.values())
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_a_batch_has_the_same_gradient_however_it_passes(same: list[Path], size: int) -> None:
-    experts = opened(same, patches=5)
-    network = experts.merged_network(mean_of(experts)).requires_grad_(True)
-    teacher = Teacher(experts, 0)
-    images = torch.stack([patch.image for patch in experts.patches])
-    distance(network(images), teacher(experts.patches).float(), False).backward()
-    expected = [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
-    gradients(experts, network, teacher, experts.patches, size)
-    found = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_polishing_goes_on_where_memory_runs_out(same: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
