@@ -93,16 +93,14 @@ def rivals(setting: Setting, work: Path) -> dict[str, Options]:
                             for name, options in starts(setting).items()},
         f"default, {len(setting.choices)} volumes of nobody": nobody, "default, 2 volumes": {**look, "n_cases": 2},
         "default, no images": {}, "average": {"method": "average"}, "average, head fitted": {"fit": "head", **look}}
-    first, options = next(iter(starts(setting).items()))
-    rows[f"{first}, head polish"] = {"fit": ["head", "polish"], "steps": 300, **options, **look}
+    polish: Options = {"fit": ["head", "polish"], "steps": 300, **look}
     if setting.known:
         rows["fisher, head fitted"] = {"method": "fisher", "fit": "head", **look}
-        rows["average, head polish"] = {"fit": ["head", "polish"], "steps": 300, **look}
-    else:
-        zipped: Options = {"align": "mudsc", "units": "zip", **look}
-        rows["zip, head fitted"] = {"fit": "head", **zipped}
-        rows["zip, head polish"] = {"fit": ["head", "polish"], "steps": 300, **zipped}
-    return rows
+        rows["average, head polish"] = polish
+        return rows | {f"{name}, head polish": {**options, **polish} for name, options in starts(setting).items()}
+    zipped: Options = {"align": "mudsc", "units": "zip", **look}
+    return rows | {"best, head polish": {"method": "best", **polish}, "zip, head fitted": {"fit": "head", **zipped},
+                   "zip, head entries": {"fit": FIT, **zipped}, "zip, head polish": {**zipped, **polish}}
 
 
 def starts(setting: Setting) -> dict[str, Options]:

@@ -19,7 +19,7 @@ from nnunet_transplant.volumes import Patch
 
 ENOUGH = 0.9  # agreement below which a structure is worth a warning
 MOST_NAMED = 5
-MERGED, BASE = "merged", "base, head fitted"
+MERGED, BASE, BEST = "merged", "base, head fitted", "best, head fitted"
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def table_of(agreement: Mapping[str, Mapping[str, float | None]]) -> str:
         row[1:], widths[1:], strict=True))]) for row in rows)
 
 
-def check(experts: Experts, held_back: Sequence[Patch], merged: Network, base: Network | None) -> Check:
+def check(experts: Experts, held_back: Sequence[Patch], merged: Network, beside: Mapping[str, Network]) -> Check:
     """A merged network (tensors by canonical name), on the patches that were held back, or where there are none on all.
-    Beside it the base, where it is known, with the same heads fitted to the experts: a merge that is no better has
-    merged nothing."""
+    Beside it by name networks in which nothing is merged, the base or one of the models, with the heads fitted to the
+    experts: a merge that is no better has merged nothing."""
     networks = {MERGED: merged}
-    if base is not None:
+    for name, body in beside.items():
         with suppress(TransplantError):  # a network that ends in no convolution of single voxels
-            networks[BASE] = head({**merged, **base}, experts)
+            networks[name] = head({**merged, **body}, experts)
     seen = replace(experts, patches=held_back or experts.patches)
     return Check(agreement(seen, networks), len(seen.patches), bool(held_back))
 

@@ -10,7 +10,7 @@ import torch
 from nnunet_transplant import checkpoint as checkpoints
 from nnunet_transplant.architecture import Network, changes_network
 from nnunet_transplant.cache import Cache
-from nnunet_transplant.check import Check, check
+from nnunet_transplant.check import BASE, BEST, Check, check
 from nnunet_transplant.cost import say_cost
 from nnunet_transplant.errors import TransplantError
 from nnunet_transplant.experts import Experts, has_running_statistics, running_statistics
@@ -22,6 +22,7 @@ from nnunet_transplant.mergeable import (
     check_mergeable,
     common_theta_0,
     common_theta_0_sha256,
+    have_one_base,
     unrelated,
 )
 from nnunet_transplant.merged_model import Merged, MergedModel
@@ -101,7 +102,9 @@ class Merger:
         self.models = [model for group in groups for model in group]
         weights = self.weights_of(recipe)
         self._check_steps()
-        check_mergeable(self.models, same_base=self.aligner is None, channels=not recipe.same_channels)
+        of_one_base = self.aligner is None and not self.method.strangers
+        check_mergeable(self.models, same_base=of_one_base, channels=not recipe.same_channels)
+        self.related = of_one_base or (self.aligner is None and have_one_base(self.models))
         trainer = _common_trainer(self.models)
         joined = join(self.models, weights)
         if joined.rows is not None:
@@ -119,7 +122,8 @@ class Merger:
         if recipe.looked_at is not None:
             self._read(recipe.looked_at, recipe.reads_labels)
             if progress:
-                say_cost(recipe, self._experts, len(self._held_back), self._known_base() is not None)
+                say_cost(recipe, self._experts, len(self._held_back),
+                         self.method.strangers or self._known_base() is not None)
         self._aligned: _Aligned | None = None  # the last
 
     def _read(self, volumes: Volumes, labels: bool) -> None:
@@ -158,6 +162,9 @@ class Merger:
             raise TransplantError("models are aligned with each other: it needs at least two")
         if self.recipe.share and (self.aligner is None or self.fits):
             raise TransplantError("-share needs -align, and no -fit")
+        if self.method.strangers and (self.recipe.keep_base_for or self.recipe.stage_weights):
+            raise TransplantError(f"-keep_base_for and -stage_weights say how much is merged: {self.method.name} "
+                                  "merges nothing")
         looking = self.recipe.looking
         if looking and self.recipe.volumes is None:
             raise TransplantError(f"{looking[0].name} needs volumes to look at: give -d DATASET")
@@ -251,14 +258,19 @@ class Merger:
         """What a merge kept of the models; None without volumes, and of models that share only a part."""
         if not self._experts.patches or self.recipe.share:
             return None
-        canonical = self.models[0].layout.canonical
+        base, layout, beside = self._known_base(), self.models[0].layout, {}
+        if base is not None:
+            beside = {BASE: base}
+        elif self.method.strangers:
+            chosen = self._experts.tensors[merged.provenance["found"]["weights"].index(1.0)]
+            beside = {BEST: {name: chosen[name] for name in layout.body}}
+        canonical = layout.canonical
         return check(self._with_labels(join(self.models, self.weights_of(self.recipe))), self._held_back,
-                     {canonical[name]: tensor for name, tensor in merged.state_dict.items()},
-                     self._known_base())
+                     {canonical[name]: tensor for name, tensor in merged.state_dict.items()}, beside)
 
     def _known_base(self) -> Network | None:
         """theta_0 in the units of all models, where it is known."""
-        if self.aligner is not None:
+        if not self.related:
             return None
         kept = (model.theta_0() for model in self.models)
         return self.theta_0 or next((theta_0 for theta_0 in kept if theta_0 is not None), None)
@@ -328,11 +340,11 @@ class Merger:
         for model, tensors in zip(self.models, aligned.tensors, strict=True):
             for name in model.layout.heads:
                 check_finite(tensors[name].float(), name, model)
-        heads = aligned.heads(weights)
         body, found = merge_tensors(
             self.method, recipe.settings()[self.method.name], weights, self.theta_0,
             [{name: tensors[name] for name in floats} for tensors in aligned.tensors], aligned, self.held_back, check,
             self.progress)
+        heads = aligned.heads(found.get("weights", weights))
         merged = body | {name: first[name].clone() for name in names if name not in body} | heads
         if self.aligner is not None and aligned.patches and has_running_statistics(merged):
             merged |= running_statistics(aligned, aligned.merged_network(merged))
@@ -349,7 +361,7 @@ class Merger:
             plans=like.plans, dataset_json=dataset_json, configuration=like.configuration,
             trainer=self._experts.trainer, mirroring_axes=mirroring_axes,
             fingerprint=fingerprint if fingerprint.is_file() else None, provenance=self._provenance(recipe, found),
-            notes=self._warnings(recipe) if self.aligner is None else [])
+            notes=[] if self.aligner is not None or self.method.strangers else self._warnings(recipe))
 
     def _provenance(self, recipe: Recipe, found: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that `record.read_merge` needs to do it again, and what a reader wants to know."""
@@ -375,7 +387,7 @@ class Merger:
     @cached_property
     def theta_0_sha256(self) -> str | None:
         """Of the base, where there is one common base; aligned models may have several."""
-        sha256 = common_theta_0_sha256(self.models) if self.aligner is None else None
+        sha256 = common_theta_0_sha256(self.models) if self.related else None
         return checkpoints.tensors_sha256(self.theta_0) if sha256 is None and self.theta_0 is not None else sha256
 
     def _warnings(self, recipe: Recipe) -> list[str]:

@@ -61,13 +61,13 @@ def test_the_base_has_heads_fitted_as_the_merge_and_held_back_patches_are_not_le
     merged = mean_of(experts)
     base = {name: experts.tensors[0][name] + 0.1 for name in experts.models[0].layout.body}
     held_back = opened(write_tasks(tmp_path / "again"), patches=6).patches[4:]
-    found = check(experts, held_back, merged, base)
+    found = check(experts, held_back, merged, {BASE: base})
     assert (found.patches, found.held_back) == (2, True)
     seen = Experts(experts.models, experts.tensors, experts.joined, experts.trainer, held_back)
     fitted = head(merged | base, experts)
     assert found.agreement == agreement(seen, {MERGED: merged, BASE: fitted})
-    assert check(experts, [], merged, None).agreement == agreement(experts, {MERGED: merged})
-    assert check(experts, [], merged, None).held_back is False
+    assert check(experts, [], merged, {}).agreement == agreement(experts, {MERGED: merged})
+    assert check(experts, [], merged, {}).held_back is False
 
 
 def test_little_agreement_is_a_warning_and_a_table_has_all() -> None:

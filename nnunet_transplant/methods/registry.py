@@ -17,10 +17,12 @@ class WeightsRule:
 
 @dataclass(frozen=True)
 class Method(Step):
-    """A merging method. by_entry: it acts entry by entry, so that blocks of tensors will do."""
+    """A merging method. by_entry: it acts entry by entry, so that blocks of tensors will do. strangers: it mixes no
+    tensors, so that models need not have a base in common."""
     weights_rule: WeightsRule
     by_entry: bool
     max_models: int | None
+    strangers: bool
 
     @property
     def needs_base(self) -> bool:
@@ -44,18 +46,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def method(name: str, summary: str, *, reference: str, url: str, weights: WeightsRule, needs: Sequence[Needs] = (),
-           by_entry: bool = False, max_models: int | None = None,
+           by_entry: bool = False, max_models: int | None = None, strangers: bool = False,
            passes: Passes | None = None,
            labels_when: tuple[str, str] | None = None) -> Callable[[F], F]:
     """Make a function a merging method: `-method name` on the command line.
 
     The function takes `tensors` (a `Tensors`: one tensor of every model, float32) and gives the merged tensor; or it
     takes `vectors` (a `TaskVectors`: whole networks) and, where it needs volumes, `experts` (an `Experts`), and gives
-    such a function. Its options are its annotated parameters (see `steps`).
+    such a function. Its options are its annotated parameters (see `steps`). Heads are joined by the weights, or by
+    `weights` that it found (see `steps.Found`).
     """
     def declare(function: F) -> F:
         METHODS.add(Method(name, summary, reference, url, function, *read_signature(function), tuple(needs),
-                           weights, by_entry, max_models, passes=passes, labels_when=labels_when))
+                           weights, by_entry, max_models, strangers, passes=passes, labels_when=labels_when))
         return function
     return declare
 
@@ -79,6 +82,11 @@ def _not_negative(weights: Sequence[float]) -> None:
         raise TransplantError("-weights must not be negative for this method, and not all zero")
 
 
+def _equal(weights: Sequence[float]) -> None:
+    if len(set(weights)) > 1:
+        raise TransplantError("-weights say nothing to this method: leave them out")
+
+
 def any_weights(weights: Sequence[float]) -> None:
     pass
 
@@ -90,6 +98,7 @@ def _one_over_t(models: int) -> float:
 SUM_TO_ONE = WeightsRule("sum to 1, default 1/T", _sum_to_one, _one_over_t)
 CONVEX = WeightsRule("not negative, sum to 1, default 1/T", _convex, _one_over_t)
 RATIOS = WeightsRule("not negative, only their ratios count, default equal", _not_negative, _one_over_t)
+EQUAL = WeightsRule("none", _equal, _one_over_t)
 FREE_MEAN = WeightsRule("free, default 1/T", any_weights, _one_over_t)
 FREE_SUM = WeightsRule("free, default 1", any_weights, lambda models: 1.0)
 
