@@ -32,7 +32,9 @@ def choose(models: Sequence[TrainedModel], recipe: Recipe, base: bool = False) -
                                                                       " without a common base")
     if images:
         steps = replace(recipe, fit=[name for name in FITS if name != "head" or ends_in_single_voxels(models[0])])
-        if not related:
+        if not related and folds:
+            steps = replace(steps, method="best")
+        elif not related:
             steps = replace(steps, align="mudsc", parameters={"units": "zip", **recipe.parameters})
         return Choice(steps, f"{what} with images")
     advice = ["without images a merge is a guess: some eight unlabelled ones, with -d DATASET, let it learn from its "

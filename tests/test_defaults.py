@@ -45,13 +45,15 @@ def test_folds_of_one_base(tmp_path: Path, images: Volumes | None, expected: Any
     assert steps(choice.recipe) == expected and choice.why.startswith("models of the same structures and one base")
 
 
-@pytest.mark.parametrize(("images", "align"), [(IMAGES, "mudsc"), (None, "rebasin")])
-@pytest.mark.parametrize("labels", [(A, B), (A, A)])
-def test_without_a_common_base_models_are_zipped(tmp_path: Path, images: Volumes | None, align: str,
-                                                 labels: Any) -> None:
+@pytest.mark.parametrize(("labels", "images", "expected"), [
+    ((A, B), IMAGES, ("mudsc", "average", FITTED)), ((A, A), IMAGES, (None, "best", FITTED)),
+    ((A, B), None, ("rebasin", "average", [])), ((A, A), None, ("rebasin", "average", []))])
+def test_models_without_a_common_base(tmp_path: Path, images: Volumes | None, expected: Any, labels: Any) -> None:
+    """Are zipped; with images one of several folds learns from all."""
     choice = choose(models_of(tmp_path, *labels), Recipe(volumes=images))
-    assert steps(choice.recipe) == (align, "average", FITTED if images else [])
-    assert choice.recipe.settings()[align]["units"] == "zip"
+    assert steps(choice.recipe) == expected
+    aligner = choice.recipe.align
+    assert aligner is None or choice.recipe.settings()[aligner]["units"] == "zip"
     assert choice.why.split(" without a common base")[0] in ("tasks", "models of the same structures")
 
 
@@ -101,6 +103,13 @@ def test_unrelated_models_merge_by_default(tmp_path: Path, boxes: None) -> None:
     assert [step["name"] for step in merged.provenance["steps"]] == ["mudsc", "average", *FITTED]
     assert merged.provenance["default"] == "tasks without a common base with images"
     assert set(merged.provenance["check"]["agreement"]["merged"]) == {"A", "B"}
+
+
+def test_unrelated_folds_are_checked_beside_the_best_of_them(tmp_path: Path, boxes: None) -> None:
+    folders = [model.folder for model in models_of(tmp_path, A, A)]
+    merged = merge(folders, images="501", n_patches=2, steps=2, device="cpu")
+    assert [step["name"] for step in merged.provenance["steps"]] == ["best", *FITTED]
+    assert set(merged.provenance["check"]["agreement"]) == {"merged", "best, head fitted"}
 
 
 def test_what_is_named_is_all_that_is_done(tmp_path: Path) -> None:
