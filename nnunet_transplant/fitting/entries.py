@@ -59,7 +59,7 @@ def entries(merged: dict[str, torch.Tensor], experts: Experts, vectors: TaskVect
 
 def reach_of(vectors: TaskVectors, names: Iterable[str], device: torch.device) -> dict[str, torch.Tensor]:
     """sum_t |tau_t| by tensor, divided by its mean over the entries of all of them."""
-    found = {name: added_up(tau.abs() for tau in vectors.block(name).taus).to(device) for name in names}
+    found = {name: added_up(tau.abs() for tau in vectors.block(name).taus) for name in names}
     total = sum(float(tensor.double().sum()) for tensor in found.values())
     mean = total / sum(tensor.numel() for tensor in found.values())
-    return {name: tensor / mean if mean > 0 else tensor for name, tensor in found.items()}
+    return {name: (tensor / mean if mean > 0 else tensor).to(device) for name, tensor in found.items()}
