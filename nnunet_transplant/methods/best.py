@@ -1,5 +1,4 @@
 """One of the models, whole: where models have nothing in common that could be averaged."""
-
 import torch
 
 from nnunet_transplant.ensemble import agreement, ensemble_targets

@@ -17,8 +17,8 @@ class WeightsRule:
 
 @dataclass(frozen=True)
 class Method(Step):
-    """A merging method. by_entry: it acts entry by entry, so that blocks of tensors will do. strangers: it mixes no
-    tensors, so that models need not have a base in common."""
+    """A merging method. by_entry: it acts entry by entry, so that blocks of tensors will do. strangers: it takes one
+    model whole, whose `weights` it finds, so that models need not have a base in common."""
     weights_rule: WeightsRule
     by_entry: bool
     max_models: int | None
