@@ -123,7 +123,7 @@ def choices(setting: Setting, work: Path) -> dict[str, Options]:
     return {
         **{f"{steps} steps, {patches} patches": {**look, "steps": steps, "n_patches": patches}
            for steps, patches in ((100, 32), (100, 64), (100, 128), (100, 1000), (300, 64), (300, 1000))},
-        **{f"rate {rate}": {**look, "steps": 100, "lr": rate} for rate in (0.015, 0.06)},
+        **{f"rate {rate}": {**look, "lr": rate} for rate in (3e-4, 1e-3)},
         "from fisher, 100 steps": {"method": "fisher", "fit": FIT, "steps": 100, **look},
         **{f"from the {name}": {"fit": FIT, **options, **look} for name, options in starts(setting).items()},
         **{method: {"method": method} for method in WITHOUT_IMAGES},
